@@ -176,6 +176,11 @@ class _PaymentRequired(ApiError):
     status = 402
     type = "insufficient_credits"
 
+    def __init__(self, message: str, *, remaining: int = 0) -> None:
+        super().__init__(message)
+        self.remaining = remaining
+        """What the account can spend, in ticks."""
+
     def body(self) -> dict[str, object]:
         return {"message": self.message, "type": self.type, "code": self.code}
 
@@ -184,20 +189,17 @@ class InsufficientCredits(_PaymentRequired):
     """The balance can't cover the request. The body is a promise of the product page, word for word."""
 
     code = "credits_exhausted"
+    text = "Insufficient credits. Please add more credits to continue."
 
-    def __init__(self, message: str = "Insufficient credits. Please add more credits to continue.") -> None:
-        super().__init__(message)
+    def __init__(self, *, remaining: int = 0) -> None:
+        super().__init__(self.text, remaining=remaining)
 
 
 class CreditsHeld(InsufficientCredits):
     """The balance would cover it; the account's own running requests hold it."""
 
     code = "credits_held"
-
-    def __init__(self) -> None:
-        super().__init__(
-            "Your credits are held by your own requests that are still running. Try again when one has ended."
-        )
+    text = "Your credits are held by your own requests that are still running. Try again when one has ended."
 
     def headers(self) -> dict[str, str]:
         return {"retry-after": "1", "x-should-retry": "true"}

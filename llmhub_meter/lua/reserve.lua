@@ -1,0 +1,78 @@
+--[[
+  Set credits aside for one request.
+
+  KEYS[1] wallet  hash    balance, held, promo, seq, status
+  ARGV[1]  request id      ARGV[2] account      ARGV[3] model
+  ARGV[4]  fixed part in ticks (input, flat fees)
+  ARGV[5]  rate of output: ticks per 1,000 units
+  ARGV[6]  units wanted    ARGV[7] fewest units that make sense
+  ARGV[8]  share of what is available that output may take, per mille
+  ARGV[9]  ticks that must be available for the fixed part to be taken as it is; with less: "count"
+  ARGV[10] lease in milliseconds
+  ARGV[11] "free" or "paid"
+
+  Returns {status, amount, granted units, balance, held, promo}
+  status: ok, exists (this id holds already), ended (it ended before), no_account, suspended,
+    insufficient, held (only the account's own holds stand in the way), count (count the input and come again)
+]]
+--@include partition
+--@include entry
+--@include expire
+local wallet, id, account = KEYS[1], ARGV[1], ARGV[2]
+
+local function answer(status, amount, granted)
+  return {status, amount, granted, figures(wallet)}
+end
+
+local earlier = redis.call("HGET", HOLDS, id)
+if earlier then
+  local amount, granted = string.match(earlier, "^(%S+) (%S+)")
+  return answer("exists", amount, granted)
+end
+if redis.call("HEXISTS", done_of(id), id) == 1 then return answer("ended", "0", "0") end
+
+local now = now_ms()
+expire_some(now, 16)
+
+local fixed, rate = tonumber(ARGV[4]), tonumber(ARGV[5])
+local want, least, share = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
+
+local function cost(units)
+  return math.ceil(units * rate / 1000)
+end
+
+local function available()
+  local found = redis.call("HMGET", wallet, "balance", "held", "status")
+  return found[1] and tonumber(found[1]), tonumber(found[2] or "0"), found[3]
+end
+
+local balance, held, status = available()
+if not balance then return {"no_account", "0", "0", "0", "0", "0"} end
+if status == "suspended" then return answer("suspended", "0", "0") end
+
+local amount, granted = 0, want
+if ARGV[11] == "paid" then
+  if balance - held < fixed + cost(least) and expire_some(now, 1000, account) > 0 then
+    balance, held = available()
+  end
+  if balance <= 0 then return answer("insufficient", "0", "0") end
+  local free = balance - held
+  if free < tonumber(ARGV[9]) then return answer("count", "0", "0") end
+  -- Rounding up the cost of units must not lift it above what is there.
+  if rate > 0 then
+    local affordable = math.floor((free - fixed) * 1000 / rate)
+    if cost(affordable) > free - fixed then affordable = affordable - 1 end
+    local portion = math.floor(free * share / rate)
+    granted = math.min(want, math.max(least, portion), affordable)
+  end
+  amount = fixed + cost(math.max(granted, least))
+  if balance < amount then return answer("insufficient", "0", "0") end
+  if free < amount then return answer("held", "0", "0") end
+end
+
+amount = string.format("%.0f", amount)
+granted = string.format("%.0f", granted)
+redis.call("HSET", HOLDS, id, amount .. " " .. granted .. " " .. account .. " " .. ARGV[3])
+redis.call("ZADD", LEASES, string.format("%.0f", now + tonumber(ARGV[10])), id)
+redis.call("HINCRBY", wallet, "held", amount)
+return answer("ok", amount, granted)

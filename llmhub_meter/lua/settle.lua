@@ -1,0 +1,43 @@
+--[[
+  Take the exact charge of a request; the rest of its hold returns.
+
+  KEYS[1] wallet  hash    balance, held, promo, seq
+  ARGV[1] request id      ARGV[2] account      ARGV[3] charge in ticks      ARGV[4] record, JSON
+
+  Returns {status, how, charge, balance, held, promo}
+  status: ok, late (charged, though the hold had expired or was never seen), exists (it ended before: how)
+]]
+--@include partition
+--@include entry
+local wallet, id, account, charge = KEYS[1], ARGV[1], ARGV[2], ARGV[3]
+local packed = redis.call("HGET", HOLDS, id)
+local amount, late = "0", "1"
+if packed then
+  amount, late = string.match(packed, "^(%S+)"), "0"
+  redis.call("HDEL", HOLDS, id)
+  redis.call("ZREM", LEASES, id)
+  redis.call("HINCRBY", wallet, "held", "-" .. amount)
+else
+  local ended = redis.call("HGET", done_of(id), id)
+  if ended then
+    local how, earlier = string.match(ended, "^(%S+) (%S+)")
+    -- An expired hold was returned uncharged; what was used is still owed, once.
+    if how ~= "expired" then return {"exists", how, earlier, figures(wallet)} end
+  end
+end
+
+local promo = tonumber(redis.call("HGET", wallet, "promo") or "0")
+local given = "0"
+if charge ~= "0" then
+  redis.call("HINCRBY", wallet, "balance", "-" .. charge)
+  if promo > 0 then
+    -- Grants are spent before paid credits.
+    given = string.format("%.0f", math.min(promo, tonumber(charge)))
+    redis.call("HINCRBY", wallet, "promo", "-" .. given)
+  end
+end
+local balance = redis.call("HGET", wallet, "balance") or "0"
+local minus = function(text) return text == "0" and "0" or "-" .. text end
+local entry = append(wallet, account, id, "charge", minus(charge), minus(given), amount, late, balance, ARGV[4])
+remember(id, "settled " .. charge .. " " .. entry)
+return {late == "1" and "late" or "ok", "settled", charge, figures(wallet)}
