@@ -1,0 +1,334 @@
+"""The model upstream built into `llmhub-meter demo`: OpenAI's wire format, no model behind it.
+
+The same request always gets the same bytes, and the usage reported is what tiktoken counts.
+"""
+
+import asyncio
+import base64
+import hashlib
+import math
+import re
+import struct
+import zlib
+from bisect import bisect
+from collections.abc import AsyncIterator, Iterator
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from .errors import ApiError, InvalidRequest, ModelNotFound, NotFound
+from .replies import error_json
+from .tokens import chat_text, count, count_in_thread, count_pieces
+
+CHAT_MODEL = "demo-chat"
+EMBEDDING_MODEL = "demo-embedding"
+IMAGE_MODEL = "demo-image"
+
+_FINGERPRINT = "llmhub-meter-demo"
+_CREATED = 1_767_225_600
+"""A fixed date, 2026-01-01, so that equal requests get equal answers."""
+_ECHO_CHARACTERS = 200
+_WORD = re.compile(r"\s*\S+|\s+")
+
+
+def create_upstream(*, chunk_seconds: float = 0.02) -> Starlette:
+    """The demo upstream as an app: chat completions, embeddings, images, and the list of its models.
+
+    `chunk_seconds` is the pause before each chunk of a stream.
+    """
+
+    async def chat(request: Request) -> Response:
+        body = await request.body()
+        return await _chat(_read(body, _ChatRequest), _answer_id("chatcmpl-", body), chunk_seconds)
+
+    return Starlette(
+        routes=[
+            Route("/v1/chat/completions", chat, methods=["POST"]),
+            Route("/v1/embeddings", _embeddings, methods=["POST"]),
+            Route("/v1/images/generations", _images, methods=["POST"]),
+            Route("/v1/models", _models, methods=["GET"]),
+        ],
+        exception_handlers={ApiError: _refuse, HTTPException: _refuse},
+    )
+
+
+class _StreamOptions(msgspec.Struct):
+    include_usage: bool = False
+
+
+class _Message(msgspec.Struct):
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+
+
+class _ChatRequest(msgspec.Struct):
+    model: str
+    messages: Annotated[list[_Message], Meta(min_length=1)]
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    max_tokens: Annotated[int, Meta(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
+    n: Annotated[int, Meta(ge=1, le=128)] | None = None
+    tools: list[dict[str, Any]] | None = None
+    functions: list[dict[str, Any]] | None = None
+    response_format: dict[str, Any] | None = None
+
+
+class _EmbeddingsRequest(msgspec.Struct):
+    model: str
+    input: str | list[str | int | list[int]]
+    dimensions: Annotated[int, Meta(ge=1, le=3072)] | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+
+
+class _ImagesRequest(msgspec.Struct):
+    model: str
+    prompt: Annotated[str, Meta(min_length=1)]
+    n: Annotated[int, Meta(ge=1, le=10)] | None = None
+    size: Literal["auto", "256x256", "512x512", "1024x1024", "1024x1536", "1536x1024"] | None = None
+    quality: Literal["auto", "low", "medium", "high", "standard", "hd"] | None = None
+    response_format: Literal["b64_json"] | None = None
+
+
+_Body = TypeVar("_Body", _ChatRequest, _EmbeddingsRequest, _ImagesRequest)
+
+
+def _read(body: bytes, shape: type[_Body]) -> _Body:
+    try:
+        return msgspec.json.decode(body, type=shape)
+    except msgspec.ValidationError as error:
+        field = re.search(r"`\$\.(\w+)|field `(\w+)`", str(error))
+        raise InvalidRequest(str(error), param=field and (field[1] or field[2])) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise InvalidRequest("The body of your request is not valid JSON.") from None
+
+
+def _require_model(named: str, served: str) -> None:
+    if named != served:
+        raise ModelNotFound(f"The demo serves `{served}` here, not `{named}`.", param="model")
+
+
+def _answer_id(prefix: str, body: bytes) -> str:
+    return prefix + hashlib.sha256(body).hexdigest()[:29]
+
+
+def _json(body: object) -> Response:
+    return Response(msgspec.json.encode(body), media_type="application/json")
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    if isinstance(error, ApiError):
+        return Response(error_json(error), error.status, media_type="application/json")
+    assert isinstance(error, HTTPException)
+    unknown = NotFound(f"{error.detail}: {request.method} {request.url.path} is not part of the demo.")
+    return Response(error_json(unknown), error.status_code, media_type="application/json")
+
+
+async def _chat(request: _ChatRequest, answer_id: str, chunk_seconds: float) -> Response:
+    _require_model(request.model, CHAT_MODEL)
+    if request.stream_options is not None and not request.stream:
+        raise InvalidRequest(
+            "The 'stream_options' parameter is only allowed when 'stream' is enabled.",
+            param="stream_options",
+        )
+    prompt = chat_text(
+        [msgspec.to_builtins(message) for message in request.messages],
+        request.tools,
+        request.functions,
+        response_format=request.response_format,
+        model=CHAT_MODEL,
+    )
+    prompt_tokens = await count_pieces(prompt.pieces, prompt.overhead, CHAT_MODEL)
+    answers = _answers(request)
+    usage = _usage(prompt_tokens, sum(count(text, CHAT_MODEL) for text, _ in answers))
+    if request.stream:
+        wants_usage = request.stream_options is not None and request.stream_options.include_usage
+        events = _chat_events(answer_id, answers, usage if wants_usage else None)
+        return StreamingResponse(_paced(events, chunk_seconds), media_type="text/event-stream")
+    choices: list[dict[str, object]] = [
+        {
+            "index": index,
+            "message": {"role": "assistant", "content": text, "refusal": None, "annotations": []},
+            "logprobs": None,
+            "finish_reason": reason,
+        }
+        for index, (text, reason) in enumerate(answers)
+    ]
+    return _json({**_chat_head(answer_id, "chat.completion"), "choices": choices, "usage": usage})
+
+
+def _answers(request: _ChatRequest) -> list[tuple[str, str]]:
+    """Text and finish reason of each choice."""
+    limit = request.max_completion_tokens or request.max_tokens
+    choices = request.n or 1
+    text = "This is a demo answer by llmhub-meter; no model was asked."
+    if echo := _last_text(request.messages)[:_ECHO_CHARACTERS].strip():
+        text += f' You wrote: "{echo}"'
+    texts = [text if choices == 1 else f"{text} (choice {index + 1})" for index in range(choices)]
+    return [_cut(text, limit) for text in texts]
+
+
+def _last_text(messages: list[_Message]) -> str:
+    content = messages[-1].content
+    if isinstance(content, list):
+        texts = (part.get("text") for part in content)
+        return " ".join(text for text in texts if isinstance(text, str))
+    return content or ""
+
+
+def _cut(text: str, limit: int | None) -> tuple[str, str]:
+    """The longest start of `text` within `limit` tokens, and why it ends there."""
+    if limit is None or count(text, CHAT_MODEL) <= limit:
+        return text, "stop"
+    end = bisect(range(len(text)), limit, key=lambda end: count(text[:end], CHAT_MODEL)) - 1
+    # A longer start may have fewer tokens, so the search can be off by a few characters.
+    while count(text[:end], CHAT_MODEL) > limit:
+        end -= 1
+    return text[:end], "length"
+
+
+def _usage(prompt_tokens: int, completion_tokens: int) -> dict[str, object]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
+        "completion_tokens_details": {
+            "reasoning_tokens": 0,
+            "audio_tokens": 0,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
+    }
+
+
+def _chat_head(answer_id: str, kind: str) -> dict[str, object]:
+    return {
+        "id": answer_id,
+        "object": kind,
+        "created": _CREATED,
+        "model": CHAT_MODEL,
+        "service_tier": "default",
+        "system_fingerprint": _FINGERPRINT,
+    }
+
+
+def _chat_events(
+    answer_id: str, answers: list[tuple[str, str]], usage: dict[str, object] | None
+) -> Iterator[bytes]:
+    """A stream as OpenAI sends it; asked for usage, each chunk has the field and a last one fills it."""
+    head = _chat_head(answer_id, "chat.completion.chunk")
+    no_usage = {} if usage is None else {"usage": None}
+
+    def chunk(index: int, delta: dict[str, object], reason: str | None = None) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+        return _event(msgspec.json.encode({**head, "choices": [choice], **no_usage}))
+
+    for index in range(len(answers)):
+        yield chunk(index, {"role": "assistant", "content": "", "refusal": None})
+    words = [_WORD.findall(text) for text, _ in answers]
+    for position in range(max(map(len, words))):
+        for index, spoken in enumerate(words):
+            if position < len(spoken):
+                yield chunk(index, {"content": spoken[position]})
+    for index, (_, reason) in enumerate(answers):
+        yield chunk(index, {}, reason)
+    if usage is not None:
+        yield _event(msgspec.json.encode({**head, "choices": [], "usage": usage}))
+    yield _event(b"[DONE]")
+
+
+def _event(data: bytes) -> bytes:
+    return b"data: " + data + b"\n\n"
+
+
+async def _paced(events: Iterator[bytes], seconds: float) -> AsyncIterator[bytes]:
+    for event in events:
+        await asyncio.sleep(seconds)
+        yield event
+
+
+async def _embeddings(request: Request) -> Response:
+    asked = _read(await request.body(), _EmbeddingsRequest)
+    _require_model(asked.model, EMBEDDING_MODEL)
+    inputs = _inputs(asked.input)
+    tokens = [
+        len(each) if isinstance(each, list) else await count_in_thread(each, EMBEDDING_MODEL)
+        for each in inputs
+    ]
+    data = []
+    for index, each in enumerate(inputs):
+        vector = _vector(msgspec.json.encode(each), asked.dimensions or 64)
+        packed = struct.pack(f"<{len(vector)}f", *vector)
+        base64_wanted = asked.encoding_format == "base64"
+        embedding = base64.b64encode(packed).decode() if base64_wanted else vector
+        data.append({"object": "embedding", "index": index, "embedding": embedding})
+    usage = {"prompt_tokens": sum(tokens), "total_tokens": sum(tokens)}
+    return _json({"object": "list", "data": data, "model": EMBEDDING_MODEL, "usage": usage})
+
+
+def _inputs(given: str | list[str | int | list[int]]) -> list[str | list[int]]:
+    """One text, several texts, one list of token numbers, or several of these."""
+    parts = [given] if isinstance(given, str) else given
+    numbers = [part for part in parts if isinstance(part, int)]
+    inputs: list[str | list[int]] = [part for part in parts if not isinstance(part, int)]
+    if numbers and not inputs:
+        return [numbers]
+    if numbers or not inputs or not all(inputs):
+        raise InvalidRequest("'input' must be text or token numbers, and none of it empty.", param="input")
+    return inputs
+
+
+def _vector(seed: bytes, dimensions: int) -> list[float]:
+    """A unit vector that depends on the seed alone, in numbers that single precision holds exactly."""
+    raw = struct.unpack(f"<{dimensions}h", hashlib.shake_256(seed).digest(2 * dimensions))
+    length = math.sqrt(sum((2 * value + 1) ** 2 for value in raw))
+    single = struct.pack(f"<{dimensions}f", *((2 * value + 1) / length for value in raw))
+    return list(struct.unpack(f"<{dimensions}f", single))
+
+
+async def _images(request: Request) -> Response:
+    asked = _read(await request.body(), _ImagesRequest)
+    _require_model(asked.model, IMAGE_MODEL)
+    size = asked.size if asked.size and asked.size != "auto" else "1024x1024"
+    width, height = map(int, size.split("x"))
+    data = []
+    for index in range(asked.n or 1):
+        colour = hashlib.sha256(f"{asked.prompt} {index}".encode()).digest()[:3]
+        data.append({"b64_json": base64.b64encode(_png(width, height, colour)).decode()})
+    quality = asked.quality if asked.quality and asked.quality != "auto" else "standard"
+    return _json(
+        {"created": _CREATED, "data": data, "size": size, "quality": quality, "output_format": "png"}
+    )
+
+
+def _png(width: int, height: int, colour: bytes) -> bytes:
+    """A PNG of one colour: one bit a pixel and a palette of one entry."""
+    rows = bytes(height * (1 + (width + 7) // 8))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + _png_block(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 3, 0, 0, 0))
+        + _png_block(b"PLTE", colour)
+        + _png_block(b"IDAT", zlib.compress(rows, 9))
+        + _png_block(b"IEND", b"")
+    )
+
+
+def _png_block(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+async def _models(request: Request) -> Response:
+    models = [
+        {"id": model, "object": "model", "created": _CREATED, "owned_by": "llmhub-meter"}
+        for model in (CHAT_MODEL, EMBEDDING_MODEL, IMAGE_MODEL)
+    ]
+    return _json({"object": "list", "data": models})
