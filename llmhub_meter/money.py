@@ -27,9 +27,10 @@ def ticks(credits: Decimal | int | str) -> int:
     # The size is compared before the product is formed: 1e999999 must not become a million digits.
     if value and value.adjusted() > 15:
         raise ValueError(f"{credits} credits is more than an account can hold")
-    amount = value * TICKS_PER_CREDIT
-    if amount != amount.to_integral_value():
+    # Comparing is exact, while a product of 29 digits or more would be rounded before one could look at it.
+    if value != round(value, 4):
         raise ValueError(f"{credits} has more than 4 decimals of a credit")
+    amount = value * TICKS_PER_CREDIT
     if abs(amount) > MAX_TICKS:
         raise ValueError(f"{credits} credits is more than an account can hold")
     return int(amount)
