@@ -126,7 +126,7 @@ def _price(value: object) -> int:
         raise ValueError(f"{value[:40]!r} is not a decimal number of credits")
     if isinstance(value, float):
         raise ValueError(f"{value!r} is a float: write it as a decimal or a string")
-    if not isinstance(value, int | Decimal | str):
+    if isinstance(value, bool) or not isinstance(value, int | Decimal | str):
         raise ValueError("must be a decimal number of credits")
     amount = ticks(value)
     if amount < 0:
@@ -178,17 +178,17 @@ def _base_url(value: str) -> str:
     # Nothing of the URL is repeated in a message: it may hold a password.
     if not value.isascii() or not value.isprintable() or " " in value:
         raise ValueError("holds a blank or a character that a URL can't carry")
-    url = urlsplit(value)
+    try:
+        url = urlsplit(value)
+        port = url.port
+    except ValueError:
+        raise ValueError("is not a URL") from None
     if url.scheme not in ("http", "https"):
         raise ValueError("must begin with http:// or https://")
     if url.username is not None or url.password is not None:
         raise ValueError("must not hold a user name or password: use api_key")
     if not url.hostname:
         raise ValueError("has no host")
-    try:
-        port = url.port
-    except ValueError:
-        port = 0
     if port == 0:
         raise ValueError("has no valid port")
     if "?" in value or "#" in value:
@@ -395,7 +395,7 @@ class ModelConfig(_Table):
 
     @classmethod
     def _faults_between(cls, data: Mapping[str, Any]) -> Iterator[tuple[Place, str]]:
-        written = [field for field in PRICES if data.get(field) is not None]
+        written = [field for field in PRICES if data.get(field) not in (None, {})]
         if _is_true(data.get("free")):
             yield from (((field,), "is a price, but the model is free = true") for field in written)
             return
