@@ -1,0 +1,80 @@
+"""API shapes: which one a path speaks. One file each; see `base` for what a dialect is."""
+
+from collections.abc import Iterable
+from urllib.parse import unquote
+
+from .base import Answer, Ask, Dialect, Output, Prompt, StreamReader
+from .chat import Chat
+from .completions import Completions
+from .embeddings import Embeddings
+from .images import Images
+from .reported import Reported
+
+__all__ = [
+    "DIALECTS",
+    "Answer",
+    "Ask",
+    "Dialect",
+    "Output",
+    "Prompt",
+    "Reported",
+    "StreamReader",
+    "find",
+    "misspelled",
+]
+
+DIALECTS: tuple[Dialect, ...] = (Chat(), Completions(), Embeddings(), Images())
+
+UNMETERED_YET = (
+    "/audio/speech",
+    "/audio/transcriptions",
+    "/audio/translations",
+    "/images/edits",
+    "/images/variations",
+    "/messages",
+    "/moderations",
+    "/rerank",
+    "/responses",
+)
+"""Calls that cost money upstream and have no dialect yet: refused, never free."""
+
+PREFIX = "/v1"
+
+
+def _by_path(dialects: Iterable[Dialect]) -> dict[str, Dialect]:
+    return {PREFIX + path: dialect for dialect in dialects for path in dialect.paths}
+
+
+_FOUND = _by_path(DIALECTS)
+_KNOWN = frozenset({*_FOUND, *(PREFIX + path for path in UNMETERED_YET)})
+
+
+def find(path: str) -> Dialect | None:
+    """The dialect of a path in exact spelling."""
+    return _FOUND.get(path)
+
+
+def misspelled(path: str) -> bool:
+    """Whether a path means a metered call in another spelling, or one that is not metered yet.
+
+    Another spelling is what an app's router may still let through: case, doubled or trailing slashes, dots,
+    percent-encoding. Such a request must never reach the app unmetered.
+    """
+    if path in _FOUND:
+        return False
+    return _plain(path) in _KNOWN
+
+
+def _plain(path: str) -> str:
+    for _ in range(4):
+        decoded = unquote(path)
+        if decoded == path:
+            break
+        path = decoded
+    parts: list[str] = []
+    for part in path.replace("\\", "/").split(";")[0].casefold().split("/"):
+        if part == "..":
+            parts = parts[:-1]
+        elif part.strip() not in ("", "."):
+            parts.append(part.strip())
+    return "/" + "/".join(parts)

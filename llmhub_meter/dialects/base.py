@@ -1,0 +1,289 @@
+"""What a dialect is: one API shape, read at the edge into `Ask`, `Prompt` and `Usage`.
+
+A dialect is one small file with one subclass of `Dialect`. It says the most that a request can use, where the
+usage stands in a JSON answer and in a stream, and how a stream of its kind ends.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import msgspec
+
+from .. import sse
+from ..errors import ApiError, InvalidRequest, UnsupportedParameter, UnsupportedState
+from ..replies import error_json
+from ..types import Usage
+from .reported import Reported
+
+Body = Mapping[str, Any]
+EventKind = Literal["pass", "usage", "done"]
+
+UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for bytes that are no JSON, or JSON that it won't take (lone surrogates, huge numbers)."""
+MAX_CHOICES = 128
+MAX_TOKENS = 10_000_000
+"""No model writes more in one answer; a larger maximum is a mistake."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a request asks for, as far as money goes."""
+
+    model: str
+    stream: bool = False
+    choices: int = 1
+    maximum: int | None = None
+    """Most output tokens of one choice, where the client set that."""
+    maximum_fields: tuple[str, ...] = ()
+    """The fields of the body that set it."""
+    wants_usage: bool = False
+    """The client itself asked for usage in the stream."""
+    writes: bool = True
+    """Whether output tokens come out at all."""
+    images: int = 0
+    size: str | None = None
+    quality: str | None = None
+    characters: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What there is to count in a request: pieces of text, tokens around them, and media by kind."""
+
+    pieces: tuple[str, ...] = ()
+    overhead: int = 0
+    images: int = 0
+    files: int = 0
+    tools: int = 0
+    """Hosted tools, whose results become prompt tokens."""
+
+
+@dataclass(slots=True)
+class Output:
+    """What was delivered: text by the place where it grows, so that tokens don't merge across places."""
+
+    texts: dict[tuple[object, ...], list[str]] = field(default_factory=dict)
+    fresh: list[str] = field(default_factory=list)
+    """Text since it was last counted; `fresh_bytes` are never fewer than its tokens."""
+    fresh_bytes: int = 0
+    images: int = 0
+    seen: bool = False
+    """Whether anything recognisable was delivered, be it without text."""
+
+    def add(self, place: tuple[object, ...], text: object) -> None:
+        if not isinstance(text, str):
+            return
+        self.seen = True
+        if text:
+            self.texts.setdefault(place, []).append(text)
+            self.fresh.append(text)
+            self.fresh_bytes += len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+
+    def pieces(self) -> tuple[str, ...]:
+        return tuple("".join(parts) for parts in self.texts.values())
+
+
+class _Head(msgspec.Struct):
+    """The parts of a JSON answer that are read on every request; all else is skipped."""
+
+    usage: Any = None
+    model: Any = None
+    error: Any = None
+    x_groq: Any = None
+
+
+_decode_head = msgspec.json.Decoder(_Head).decode
+
+
+class Answer:
+    """A JSON answer, read as far as needed."""
+
+    def __init__(self, body: bytes) -> None:
+        self.body = body
+        self._full: Any = None
+        try:
+            self.head = _decode_head(body)
+            self.is_object = True
+        except UNREADABLE:
+            # Invalid UTF-8 or NaN in a text must not hide the usage.
+            self._full = decode(body)
+            self.is_object = isinstance(self._full, dict)
+            full = self.full
+            self.head = _Head(full.get("usage"), full.get("model"), full.get("error"), full.get("x_groq"))
+
+    @property
+    def full(self) -> dict[str, Any]:
+        """The whole object; empty for anything else."""
+        if self._full is None:
+            self._full = decode(self.body)
+        return self._full if isinstance(self._full, dict) else {}
+
+
+class StreamReader:
+    """Reads the events of one stream as they pass."""
+
+    def __init__(self, ask: Ask) -> None:
+        self.ask = ask
+        self.output = Output()
+        self.reported: Reported | None = None
+        self.model: str | None = None
+        self.readable = 0
+        """Events that could be read at all."""
+        self.failed = False
+        """An error event came."""
+
+    def read(self, event: bytes) -> EventKind:
+        """Takes note of one event and says what it is."""
+        data = sse.data_of(event)
+        if data is None:
+            return "pass"
+        if sse.is_done(event):
+            return "done"
+        message = decode(data)
+        if not isinstance(message, dict):
+            return "pass"
+        self.readable += 1
+        return self.take(message)
+
+    def take(self, message: dict[str, Any]) -> EventKind:
+        """One event's JSON object."""
+        raise NotImplementedError
+
+    def report(self, usage: object) -> bool:
+        """Keeps a usage object; the last word wins. False for what is none."""
+        if not isinstance(usage, dict) or not usage:
+            return False
+        self.reported = Reported.read(usage)
+        return True
+
+
+class Dialect:
+    """One API shape."""
+
+    name: ClassVar[str]
+    paths: ClassVar[tuple[str, ...]]
+    """Below /v1."""
+    types: ClassVar[frozenset[str]]
+    """Model types that may be asked for here."""
+    money_keys: ClassVar[frozenset[str]] = frozenset({"model", "stream", "n", "service_tier"})
+    """Keys of the body that decide money: once, at top level, in exact spelling."""
+    maximum_fields: ClassVar[tuple[str, ...]] = ()
+    """Body fields that limit the output."""
+    asks_for_usage: ClassVar[bool] = False
+    """Whether streams report usage only where `stream_options.include_usage` asks for it."""
+    anthropic: ClassVar[bool] = False
+    """Whether errors come in Anthropic's envelope."""
+    reader: ClassVar[type[StreamReader]] = StreamReader
+
+    def ask(self, body: Body) -> Ask:
+        """What the body asks for. Raises InvalidRequest, UnsupportedState."""
+        raise NotImplementedError
+
+    def prompt(self, body: Body, model: str) -> Prompt:
+        """What there is to count in the body."""
+        raise NotImplementedError
+
+    def unpriced(self, body: Body) -> Iterator[str]:
+        """Parameters that raise the upstream's price and have none in the table."""
+        tier = body.get("service_tier")
+        if tier is not None and tier not in ("auto", "default"):
+            yield "service_tier"
+
+    def reported(self, answer: Answer) -> Reported | None:
+        """The usage that a JSON answer reports."""
+        for usage in (answer.head.usage, _inside(answer.head.x_groq)):
+            if isinstance(usage, dict) and usage:
+                return Reported.read(usage)
+        return None
+
+    def output(self, answer: Body) -> Output:
+        """What a JSON answer delivered."""
+        raise NotImplementedError
+
+    def measure(self, usage: Usage, ask: Ask, answer: Answer) -> Usage:
+        """Adds to a JSON answer's token usage what is not measured in tokens."""
+        return usage
+
+    def stream_error(self, error: ApiError) -> bytes:
+        """The events that end a stream early: the error, then the end as this dialect has it."""
+        return sse.data_event(error_json(error)) + sse.DONE
+
+    def check_priced(self, body: Body) -> None:
+        """Raises UnsupportedParameter for what has no price."""
+        for name in self.unpriced(body):
+            raise UnsupportedParameter(
+                f"{name!r} is not available here: it has no price.", param=name.split("[")[0]
+            )
+
+
+def decode(data: bytes) -> Any:
+    """JSON of any quality: None where it is none, replacement characters where it is not UTF-8."""
+    try:
+        return msgspec.json.decode(data)
+    except UNREADABLE:
+        pass
+    try:
+        return json.loads(data.decode("utf-8-sig", "replace"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def required_text(body: Body, field: str) -> str:
+    value = body.get(field)
+    if not isinstance(value, str) or not value:
+        raise InvalidRequest(f"{field!r} is missing or not a string.", param=field)
+    return value
+
+
+def flag(body: Body, field: str) -> bool:
+    value = body.get(field)
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    raise InvalidRequest(f"{field!r} must be true or false.", param=field)
+
+
+def whole(body: Body, field: str, *, least: int = 1, most: int) -> int | None:
+    """An optional whole number of the body, within bounds."""
+    value = body.get(field)
+    if value is None:
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidRequest(f"{field!r} must be a whole number.", param=field)
+    if not least <= value <= most:
+        raise InvalidRequest(f"{field!r} must be from {least} to {most}, not {value}.", param=field)
+    return value
+
+
+def maximum(body: Body, fields: Sequence[str]) -> tuple[int | None, tuple[str, ...]]:
+    """The client's limit of the output (the largest, where several are set) and the fields that set it."""
+    limits = {field: limit for field in fields if (limit := whole(body, field, most=MAX_TOKENS)) is not None}
+    return max(limits.values(), default=None), tuple(limits)
+
+
+def refuse_state(body: Body, fields: Sequence[str]) -> None:
+    """Provider-side state would let one customer read another's through the operator's key."""
+    for name in fields:
+        if body.get(name):
+            raise UnsupportedState(
+                f"{name!r} is not available here: it refers to state kept at the provider.", param=name
+            )
+
+
+def texts_in(value: object) -> Iterator[str]:
+    """Every text in a content of any shape: a string, or parts with text in them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from texts_in(part)
+    elif isinstance(value, dict):
+        for name in ("text", "content", "refusal", "thinking", "transcript"):
+            yield from texts_in(value.get(name))
+
+
+def _inside(value: object) -> object:
+    return value.get("usage") if isinstance(value, dict) else None

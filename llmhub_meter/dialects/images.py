@@ -1,0 +1,80 @@
+"""Images: https://platform.openai.com/docs/api-reference/images
+
+Priced by tokens where the model has token prices, else by what came back.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from .. import sse
+from ..errors import ApiError
+from ..replies import error_json
+from ..types import Usage
+from .base import (
+    Answer,
+    Ask,
+    Body,
+    Dialect,
+    EventKind,
+    Output,
+    Prompt,
+    StreamReader,
+    flag,
+    required_text,
+    whole,
+)
+
+MAX_IMAGES = 10
+
+
+class ImagesReader(StreamReader):
+    """Partial images, then a `completed` event that has the usage."""
+
+    def take(self, message: dict[str, Any]) -> EventKind:
+        kind = message.get("type")
+        if kind == "error" or message.get("error"):
+            self.failed = True
+        elif isinstance(kind, str) and kind.endswith((".partial_image", ".completed")):
+            self.output.seen = True
+            self.output.images += kind.endswith(".completed")
+        self.report(message.get("usage"))
+        return "pass"
+
+
+class Images(Dialect):
+    name = "images"
+    paths = ("/images/generations",)
+    types = frozenset({"image"})
+    money_keys = Dialect.money_keys | {"size", "quality", "partial_images"}
+    reader = ImagesReader
+
+    def ask(self, body: Body) -> Ask:
+        count = whole(body, "n", most=MAX_IMAGES) or 1
+        return Ask(
+            model=required_text(body, "model"),
+            stream=flag(body, "stream"),
+            choices=count,
+            images=count,
+            size=_name(body, "size"),
+            quality=_name(body, "quality"),
+        )
+
+    def prompt(self, body: Body, model: str) -> Prompt:
+        text = body.get("prompt")
+        return Prompt((text,) if isinstance(text, str) else ())
+
+    def output(self, answer: Body) -> Output:
+        data = answer.get("data")
+        images = len(data) if isinstance(data, list) else 0
+        return Output(images=images, seen=images > 0)
+
+    def measure(self, usage: Usage, ask: Ask, answer: Answer) -> Usage:
+        images = self.output(answer.full).images
+        return replace(usage, images=images, size=ask.size, quality=ask.quality)
+
+    def stream_error(self, error: ApiError) -> bytes:
+        return sse.data_event(error_json(error), name="error")
+
+
+def _name(body: Body, field: str) -> str | None:
+    return None if body.get(field) is None else required_text(body, field)
