@@ -10,11 +10,10 @@ import select
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import TracebackType
 from typing import Any, Literal
 from urllib.parse import quote
-from weakref import WeakSet
 
 import aiohttp
 import httpx
@@ -85,8 +84,8 @@ class Upstream:
         request = httpx.Request(
             scope["method"],
             self._url(path),
-            headers=self._request_headers(scope["headers"]),
-            content=body,
+            headers=self._request_headers(scope["headers"], len(body)),
+            content=body if len(body) <= _WHOLE_BODY_BYTES else _slices(body),
             extensions={"timeout": self._timeout, "trace": departure.trace},
         )
         client.watch()
@@ -150,17 +149,20 @@ class Upstream:
         url = httpx.URL(self._base_url + quote(path))
         return url.copy_merge_params(self._query) if self._query else url
 
-    def _request_headers(self, headers: RawHeaders) -> list[tuple[bytes, bytes]]:
+    def _request_headers(self, headers: RawHeaders, length: int) -> list[tuple[bytes, bytes]]:
         kept = [(name.lower(), value) for name, value in headers]
         dropped = _named_in_connection(kept) | self._replaced
-        return [
+        forwarded = [
             (name, value)
             for name, value in kept
             if name not in _NOT_FORWARDED
             and name not in dropped
             and not name.startswith((b"x-credits-", b"x-forwarded-"))
             and not _breaks_lines(name + value)
-        ] + self._fixed_headers
+        ]
+        if length:
+            forwarded.append((b"content-length", str(length).encode()))
+        return forwarded + self._fixed_headers
 
 
 _HOP_BY_HOP = frozenset(
@@ -209,6 +211,10 @@ _NOT_RELAYED = _HOP_BY_HOP | {
     b"openai-project",
 }
 
+# aiohttp writes a body of bytes in one go, and warns of that above this size.
+_WHOLE_BODY_BYTES = 2**20
+_SLICE_BYTES = 2**16
+
 _breaks_lines = re.compile(rb"[\r\n\0]").search
 
 
@@ -248,6 +254,11 @@ def _named_in_connection(headers: RawHeaders) -> set[bytes]:
         if name == b"connection"
         for token in value.split(b",")
     }
+
+
+async def _slices(body: bytes) -> AsyncIterator[bytes]:
+    for start in range(0, len(body), _SLICE_BYTES):
+        yield body[start : start + _SLICE_BYTES]
 
 
 class _ClientGone(Exception):
@@ -421,7 +432,7 @@ class PooledTransport(AiohttpTransport):
 
     def _session(self) -> aiohttp.ClientSession:
         return aiohttp.ClientSession(
-            connector=_Connector(limit=0, ssl=self._context),
+            connector=_Connector(context=self._context),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             skip_auto_headers=("accept", "accept-encoding", "content-type", "user-agent"),
@@ -446,9 +457,9 @@ class _Connector(aiohttp.TCPConnector):
     whose connection died was carried out. So the check is made before a byte is sent.
     """
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self._used: WeakSet[ResponseHandler] = WeakSet()
+    def __init__(self, *, context: ssl.SSLContext) -> None:
+        super().__init__(limit=0, ssl=context)
+        self._factory = partial[ResponseHandler](_Protocol, loop=self._loop)
 
     async def connect(
         self, req: ClientRequest, traces: list[Trace], timeout: aiohttp.ClientTimeout
@@ -456,14 +467,26 @@ class _Connector(aiohttp.TCPConnector):
         while True:
             connection = await super().connect(req, traces, timeout)
             protocol = connection.protocol
-            assert protocol is not None
-            if protocol not in self._used or not _is_readable(connection):
+            assert isinstance(protocol, _Protocol)
+            if not protocol.used or not _is_readable(connection):
                 break
             connection.close()
-        self._used.add(protocol)
+        protocol.used = True
         if trace := _trace.get():
             await trace("http11.send_request_headers.started", {})
         return connection
+
+
+class _Protocol(ResponseHandler):
+    """aiohttp's protocol, which leaves the reader of a body with malformed chunks waiting for ever."""
+
+    used = False
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        body = self._payload
+        super().connection_lost(exc)
+        if body is not None and not body.is_eof() and body.exception() is None:
+            body.set_exception(aiohttp.ClientPayloadError("the connection ended before the body did"))
 
 
 def _is_readable(connection: Connection) -> bool:
