@@ -459,7 +459,8 @@ class _Connector(aiohttp.TCPConnector):
 
     def __init__(self, *, context: ssl.SSLContext) -> None:
         super().__init__(limit=0, ssl=context)
-        self._factory = partial[ResponseHandler](_Protocol, loop=self._loop)
+        protocol: type[ResponseHandler] = _Protocol
+        self._factory = partial(protocol, loop=self._loop)
 
     async def connect(
         self, req: ClientRequest, traces: list[Trace], timeout: aiohttp.ClientTimeout
