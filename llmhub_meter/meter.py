@@ -7,7 +7,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -73,6 +73,12 @@ class Quote:
     prompt_tokens: int | None = None
     """Counted exactly, allowances included, once that was needed."""
 
+    @property
+    def upstream_model(self) -> str:
+        """The name for the upstream: the table's, else what the client said, but for an alias of ours."""
+        model, asked = self.model, self.ask.model
+        return model.upstream_model or (model.name if asked in model.aliases else asked)
+
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
@@ -95,11 +101,13 @@ class Meter:
         metering: MeteringConfig | None = None,
         token_fields: Mapping[str, str] | None = None,
         background: bool = False,
+        adopt_prices: bool = False,
     ) -> None:
         """`redis` is a URL; `prices` a table, or models as in the config file (prices in credits).
 
         `token_fields` says by upstream name in which field of a chat request a lowered maximum goes.
-        `background` also sweeps expired holds from this process. Raises ConfigError.
+        `background` also sweeps expired holds from this process. With `adopt_prices` a table that is in force
+        already stays, instead of being replaced at the start. Raises ConfigError.
         """
         self._redis_url = redis
         self._prices = (
@@ -112,7 +120,7 @@ class Meter:
         self.rules = metering or MeteringConfig()
         self._token_fields = token_fields or {}
         self._background = background
-        self._adopt_prices = False
+        self._adopt_prices = adopt_prices
         self._starting = asyncio.Lock()
         self._started = False
         self._tasks: list[asyncio.Task[None]] = []
@@ -125,7 +133,13 @@ class Meter:
         self.finisher = Finisher()
 
     @classmethod
-    def from_config(cls, config: Config | str | Path | None = None, *, background: bool = False) -> "Meter":
+    def from_config(
+        cls,
+        config: Config | str | Path | None = None,
+        *,
+        background: bool = False,
+        adopt_prices: bool = False,
+    ) -> "Meter":
         """A meter as a config file says; without `[redis] url` on the embedded server in `data_dir`.
 
         Raises ConfigError.
@@ -148,22 +162,22 @@ class Meter:
                 metering=config.metering,
                 token_fields={name: each.max_tokens_field for name, each in config.upstreams.items()},
                 background=background,
+                adopt_prices=adopt_prices,
             )
             meter._embedded = stack.pop_all()
         return meter
 
-    async def start(self, *, adopt_prices: bool = False) -> None:
+    async def start(self) -> None:
         """Checks Redis and begins the work beside requests; a second call does nothing.
 
-        With `adopt_prices` the table that is in force stays, where there is one. Raises ConfigError for a
-        Redis that evicts keys or a price that changed too much, MeteringUnavailable.
+        Raises ConfigError for a Redis that evicts keys or a price that changed too much, MeteringUnavailable.
         """
         async with self._starting:
             if self._started:
                 return
             await self.scripts.check_server()
             await self.scripts.open_epoch()
-            if adopt_prices and (stored := await self.prices.stored()) is not None:
+            if self._adopt_prices and (stored := await self.prices.stored()) is not None:
                 self.prices.table = stored
             else:
                 await self.prices.publish(self._prices)
@@ -234,6 +248,10 @@ class Meter:
         self._running[request] = metered
         return metered
 
+    def token_field(self, model: Model) -> str:
+        """The field in which the model's upstream takes a maximum of output tokens, for chat."""
+        return self._token_fields.get(model.upstream or "", "max_completion_tokens")
+
     def forget(self, metered: "Metered") -> None:
         """The request ended: its lease is no longer renewed."""
         self._running.pop(metered.hold.id, None)
@@ -247,23 +265,26 @@ class Meter:
         return quote.prompt_tokens
 
     async def usage(
-        self, quote: Quote, reported: Reported | None, output: Output, *, sent: int | None
+        self, quote: Quote, reported: Reported | None, output: Callable[[], Output], *, sent: int | None
     ) -> Usage:
         """The usage to charge: as reported, and counted where nothing or nonsense was.
 
-        `sent` is the maximum of output tokens that went upstream, over all choices.
+        `output` gives what was delivered, where that is needed; `sent` is the maximum of output tokens that
+        went upstream, over all choices.
         """
         if reported is None:
-            return await self._estimate(quote, output)
+            return await self._estimate(quote, output())
         usage = reported.usage
-        delivered = bool(output.texts)
-        if delivered and usage.prompt_tokens == usage.completion_tokens == 0:
-            return await self._estimate(quote, output)
-        if not reported.prompt_known or (usage.prompt_tokens == 0 and self._prompt(quote).pieces):
-            usage = replace(usage, prompt_tokens=await self.prompt_tokens(quote), estimated=True)
         too_much = sent is not None and usage.completion_tokens * 10 > sent * 11
-        if too_much or not reported.completion_known or (delivered and usage.completion_tokens == 0):
-            counted = await count_pieces(output.pieces(), 0, quote.model.name)
+        no_prompt = not reported.prompt_known or usage.prompt_tokens == 0
+        no_completion = not reported.completion_known or usage.completion_tokens == 0
+        if not (too_much or no_prompt or no_completion):
+            return usage
+        texts = output().pieces()
+        if no_prompt and (usage.completion_tokens or texts or usage.invalid) and self._prompt(quote).pieces:
+            usage = replace(usage, prompt_tokens=await self.prompt_tokens(quote), estimated=True)
+        if too_much or (no_completion and texts):
+            counted = await count_pieces(texts, 0, quote.model.name)
             usage = replace(
                 usage,
                 completion_tokens=counted,
@@ -497,7 +518,7 @@ class Metered:
 async def running(meter: Meter) -> AsyncIterator[Meter]:
     """A meter from start to close, for scripts and CLI verbs."""
     try:
-        await meter.start(adopt_prices=True)
+        await meter.start()
         yield meter
     finally:
         await meter.aclose()

@@ -21,7 +21,7 @@ Body = Mapping[str, Any]
 EventKind = Literal["pass", "usage", "done"]
 
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-"""What msgspec raises for bytes that are no JSON, or JSON that it won't take (lone surrogates, huge numbers)."""
+"""What msgspec raises for what is no JSON, and for JSON that it won't take (lone surrogates)."""
 MAX_CHOICES = 128
 MAX_TOKENS = 10_000_000
 """No model writes more in one answer; a larger maximum is a mistake."""
@@ -65,9 +65,10 @@ class Output:
     """What was delivered: text by the place where it grows, so that tokens don't merge across places."""
 
     texts: dict[tuple[object, ...], list[str]] = field(default_factory=dict)
-    fresh: list[str] = field(default_factory=list)
-    """Text since it was last counted; `fresh_bytes` are never fewer than its tokens."""
+    fresh: list[tuple[tuple[object, ...], str]] = field(default_factory=list)
+    """Texts since they were last counted, with their places."""
     fresh_bytes: int = 0
+    """Bytes of these: never fewer than their tokens."""
     images: int = 0
     seen: bool = False
     """Whether anything recognisable was delivered, be it without text."""
@@ -78,8 +79,13 @@ class Output:
         self.seen = True
         if text:
             self.texts.setdefault(place, []).append(text)
-            self.fresh.append(text)
+            self.fresh.append((place, text))
             self.fresh_bytes += len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+
+    def take_back(self, count: int) -> None:
+        """Forgets the latest `count` texts, which were not delivered after all."""
+        for place, _ in self.fresh[len(self.fresh) - count :]:
+            self.texts[place].pop()
 
     def pieces(self) -> tuple[str, ...]:
         return tuple("".join(parts) for parts in self.texts.values())
@@ -112,6 +118,17 @@ class Answer:
             self.is_object = isinstance(self._full, dict)
             full = self.full
             self.head = _Head(full.get("usage"), full.get("model"), full.get("error"), full.get("x_groq"))
+
+    @classmethod
+    def of_tail(cls, tail: bytes) -> "Answer":
+        """An answer of which only the end is there: the last usage object in it is all that is read."""
+        start = tail.rfind(b'"usage"')
+        while start >= 0:
+            usage = _object_at(tail, start + len(b'"usage"'))
+            if usage is not None:
+                return cls(msgspec.json.encode({"usage": usage}))
+            start = tail.rfind(b'"usage"', 0, start)
+        return cls(b"{}")
 
     @property
     def full(self) -> dict[str, Any]:
@@ -206,9 +223,18 @@ class Dialect:
         """Adds to a JSON answer's token usage what is not measured in tokens."""
         return usage
 
-    def stream_error(self, error: ApiError) -> bytes:
-        """The events that end a stream early: the error, then the end as this dialect has it."""
-        return sse.data_event(error_json(error)) + sse.DONE
+    def measure_stream(self, usage: Usage, ask: Ask, output: Output) -> Usage:
+        """The same for a stream."""
+        return usage
+
+    def error_event(self, error: ApiError) -> bytes:
+        """The last event of a stream that ends early."""
+        return sse.data_event(error_json(error))
+
+    @property
+    def end_event(self) -> bytes:
+        """What ends a stream of this dialect, if anything does."""
+        return sse.DONE
 
     def check_priced(self, body: Body) -> None:
         """Raises UnsupportedParameter for what has no price."""
@@ -228,6 +254,18 @@ def decode(data: bytes) -> Any:
         return json.loads(data.decode("utf-8-sig", "replace"))
     except (ValueError, RecursionError):
         return None
+
+
+def _object_at(text: bytes, start: int) -> dict[str, Any] | None:
+    """The JSON object after the colon that follows a key."""
+    after = text[start:].lstrip()
+    if not after.startswith(b":"):
+        return None
+    try:
+        found, _ = json.JSONDecoder().raw_decode(after[1:].decode("utf-8", "replace").lstrip())
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def required_text(body: Body, field: str) -> str:

@@ -72,8 +72,15 @@ class Images(Dialect):
         images = self.output(answer.full).images
         return replace(usage, images=images, size=ask.size, quality=ask.quality)
 
-    def stream_error(self, error: ApiError) -> bytes:
+    def measure_stream(self, usage: Usage, ask: Ask, output: Output) -> Usage:
+        return replace(usage, images=output.images, size=ask.size, quality=ask.quality)
+
+    def error_event(self, error: ApiError) -> bytes:
         return sse.data_event(error_json(error), name="error")
+
+    @property
+    def end_event(self) -> bytes:
+        return b""
 
 
 def _name(body: Body, field: str) -> str | None:

@@ -1,0 +1,1 @@
+"""What customers and operators read as JSON."""

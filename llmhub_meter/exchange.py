@@ -1,0 +1,356 @@
+"""One admitted request: forward it, read the usage in the answer, end its hold once."""
+
+import asyncio
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from . import requests
+from .dialects import Answer, Output
+from .errors import ApiError, UpstreamError
+from .meter import Meter, Metered, Receipt
+from .money import credits
+from .replies import ASGIApp, Message, Receive, Scope, Send, send_error
+from .streams import StreamRelay
+
+Header = tuple[bytes, bytes]
+
+CONTEXT = "llmhub_meter"
+"""Where an app finds the `Context` of its request in the scope."""
+DONE_SECONDS = 1.0
+"""How long `[DONE]` waits for the upstream to end."""
+GRACE_SECONDS = 0.5
+"""How long an app may take to notice that its client is gone, before it is cancelled."""
+MAX_BUFFERED_BYTES = 64 * 1024 * 1024
+"""A larger JSON answer streams on; its usage is read from its tail."""
+TAIL_BYTES = 256 * 1024
+
+_EXPOSED = b"x-credits-used, x-credits-remaining, x-credits-reserved, x-request-id"
+_SEND_FILES = ("http.response.pathsend", "http.response.zerocopysend")
+
+
+@dataclass(slots=True)
+class Context:
+    """What a metered app may know of its request, in `scope["llmhub_meter"]`."""
+
+    request_id: str
+    account: str
+    model: str
+    """The name that the upstream is to be asked for."""
+    upstream: str | None
+    path: str
+    """The matched route below /v1."""
+    sent: bool = True
+    """Whether the request went upstream. An app that knows better sets it to False, and calls `mark_sent`."""
+
+    def mark_sent(self) -> None:
+        self.sent = True
+
+
+class ClientGone(OSError):
+    """Raised into the app's `send` when nobody reads its answer any more."""
+
+
+class Exchange:
+    """The app's turn with one metered request. `receive` has one reader: this."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        meter: Meter,
+        metered: Metered,
+        path: str,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        quote = metered.quote
+        self.app = app
+        self.meter = meter
+        self.metered = metered
+        self.scope = scope
+        self.receive = receive
+        self.send = send
+        self.context = Context(
+            metered.hold.id, metered.hold.account, quote.upstream_model, quote.model.upstream, path
+        )
+        self._body = b""
+        self._body_given = False
+        self._kind: Literal["none", "passed", "json", "large", "stream"] = "none"
+        self._start: Message = {}
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._relay = StreamRelay(metered, comment=meter.rules.sse_comment)
+        self._lock = asyncio.Lock()
+        self._complete = False
+        """The client has its whole answer."""
+        self._stopped = False
+        """The app is told to stop: its client left, or its answer was ended here."""
+        self._disconnect = asyncio.Event()
+        self._timer: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[object] | None = None
+        self._cancelled = False
+
+    async def run(self, body: bytes, *, rewrite_model: bool) -> None:
+        """Runs the app; whatever happens to it, to the client or to the caller, the request ends once."""
+        self._task = asyncio.current_task()
+        watch = asyncio.get_running_loop().create_task(self._watch())
+        try:
+            field = self.meter.token_field(self.metered.quote.model)
+            self._body = requests.forwarded(
+                body, self.metered, token_field=field, rewrite_model=rewrite_model
+            )
+            await self._run_app()
+        finally:
+            watch.cancel()
+            if self._timer is not None:
+                self._timer.cancel()
+            self._task = None
+            self._disconnect.set()
+            if not self.metered.ended:
+                await asyncio.shield(self.meter.finisher.spawn(self._conclude()))
+
+    async def _run_app(self) -> None:
+        try:
+            await self.app(self._inner_scope(), self._app_receive, self._app_send)
+        except asyncio.CancelledError:
+            if not self._cancelled:
+                raise
+            if self._task is not None:
+                self._task.uncancel()
+        except Exception as error:
+            if not self._stopped:
+                await self._app_failed(error)
+        else:
+            if self._kind == "none" and not self._stopped:
+                await self._answer_instead(UpstreamError("The application sent no answer."))
+
+    def _inner_scope(self) -> Scope:
+        """The app's scope: the body's new length, our request id, and no way to send files past us."""
+        scope = dict(self.scope)
+        dropped = (b"content-length", b"transfer-encoding", b"x-request-id")
+        scope["headers"] = [
+            *((name, value) for name, value in self.scope["headers"] if not _ours(name, dropped)),
+            (b"content-length", str(len(self._body)).encode()),
+            (b"x-request-id", self.context.request_id.encode()),
+        ]
+        scope["extensions"] = {
+            name: value
+            for name, value in (self.scope.get("extensions") or {}).items()
+            if name not in _SEND_FILES
+        }
+        scope[CONTEXT] = self.context
+        return scope
+
+    async def _app_receive(self) -> Message:
+        if not self._body_given:
+            self._body_given = True
+            return {"type": "http.request", "body": self._body, "more_body": False}
+        await self._disconnect.wait()
+        return {"type": "http.disconnect"}
+
+    async def _watch(self) -> None:
+        """Notices that the client left, and stops the app where reading on is of no use."""
+        while (await self.receive())["type"] != "http.disconnect":
+            pass
+        streams = self.metered.quote.ask.stream and self.meter.rules.on_disconnect == "cancel"
+        if not self.context.sent or streams:
+            self._stop_app()
+
+    def _stop_app(self) -> None:
+        self._stopped = True
+        self._disconnect.set()
+        asyncio.get_running_loop().call_later(GRACE_SECONDS, self._cancel_app)
+
+    def _cancel_app(self) -> None:
+        if self._task is not None:
+            self._cancelled = True
+            self._task.cancel()
+
+    async def _app_send(self, message: Message) -> None:
+        async with self._lock:
+            if self._stopped:
+                raise ClientGone("the client is gone")
+            if message["type"] == "http.response.start":
+                await self._take_start(message)
+            elif message["type"] == "http.response.body":
+                await self._take_body(message.get("body", b""), message.get("more_body", False))
+            else:
+                await self.send(message)
+
+    async def _take_start(self, message: Message) -> None:
+        status = message["status"]
+        if not 200 <= status < 300:
+            self._kind = "passed"
+            await self._send_start(message, await self.metered.release(http=status))
+        elif _content_type(message) == b"text/event-stream":
+            self._kind = "stream"
+            await self._send_start(message)
+        else:
+            self._kind = "json"
+            self._start = message
+
+    async def _take_body(self, data: bytes, more: bool) -> None:
+        if self._kind == "stream":
+            await self._pass_events(data, more)
+        elif self._kind == "json":
+            self._parts.append(data)
+            self._size += len(data)
+            if not more:
+                await self._answer_json(b"".join(self._parts))
+            elif self._size > MAX_BUFFERED_BYTES:
+                self._kind = "large"
+                await self._send_start(self._start)
+                await self._pass_large(b"".join(self._parts), more)
+        elif self._kind == "large":
+            await self._pass_large(data, more)
+        else:
+            await self._send_body(data, more)
+
+    async def _answer_json(self, body: bytes) -> None:
+        """Settles, then answers with exact headers and the body as it came."""
+        answer = Answer(body)
+        if not answer.is_object:
+            self._kind = "none"
+            await self._answer_instead(
+                UpstreamError("The upstream answered something that is no JSON object. Nothing was charged.")
+            )
+            return
+        await self._send_start(self._start, await self._settle_json(answer))
+        await self._send_body(body, False)
+
+    async def _settle_json(self, answer: Answer) -> Receipt:
+        metered, dialect = self.metered, self.metered.quote.dialect
+        reported = dialect.reported(answer)
+        if reported is None and not dialect.output(answer.full).seen:
+            return await metered.release(http=self._start["status"])
+        usage = await self.meter.usage(
+            metered.quote, reported, lambda: dialect.output(answer.full), sent=metered.sent_maximum
+        )
+        usage = dialect.measure(usage, metered.quote.ask, answer)
+        model = answer.head.model
+        return await metered.settle(usage, model=model if isinstance(model, str) else None)
+
+    async def _pass_large(self, data: bytes, more: bool) -> None:
+        self._parts = [b"".join([*self._parts, data])[-TAIL_BYTES:]]
+        if not more:
+            await self._settle_json(Answer.of_tail(self._parts[0]))
+        await self._send_body(data, more)
+
+    async def _pass_events(self, data: bytes, more: bool) -> None:
+        relay = self._relay
+        passed = await relay.feed(data)
+        if relay.cut is not None or not more:
+            await self._end_stream(passed)
+            return
+        if passed:
+            await self._send_body(passed, True)
+        if relay.waits and self._timer is None:
+            self._timer = asyncio.get_running_loop().create_task(self._wait_for_end())
+
+    async def _end_stream(self, passed: bytes = b"") -> None:
+        cut = self._relay.cut is not None
+        if passed and not cut:
+            # What is there goes on before the settle is waited for.
+            await self._send_body(passed, True)
+            passed = b""
+        await self._send_body(passed + await self._relay.finish("cut" if cut else "ok"), False)
+        if cut:
+            self._stop_app()
+
+    async def _wait_for_end(self) -> None:
+        """Ends a stream whose upstream lingers after `[DONE]`."""
+        await asyncio.sleep(DONE_SECONDS)
+        async with self._lock:
+            self._timer = None
+            if self._complete or self._stopped:
+                return
+            if self._relay.done:
+                await self._end_stream()
+                self._stop_app()
+            else:
+                await self._send_body(self._relay.let_go(), True)
+
+    async def _app_failed(self, error: Exception) -> None:
+        """The app raised. Before its answer began the client gets an error; later the break goes on to it."""
+        if self._kind in ("none", "json"):
+            instead = (
+                error if isinstance(error, ApiError) else ApiError("The server failed. Nothing was charged.")
+            )
+            await self._answer_instead(instead)
+            if isinstance(error, ApiError):
+                return
+        elif self._kind == "stream" and self._relay.done and not self._complete:
+            # All was said before the break.
+            await self._end_stream()
+            return
+        elif self._kind == "stream" and not self._complete:
+            await self._send_body(await self._relay.finish("broken"), True)
+        raise error
+
+    async def _answer_instead(self, error: ApiError) -> None:
+        receipt = await self.metered.release(http=error.status)
+        headers = self._credit_headers(receipt)
+        anthropic = self.metered.quote.dialect.anthropic
+        self._complete = True
+        await send_error(self.send, error, headers=headers, anthropic=anthropic)
+
+    async def _conclude(self) -> None:
+        """The end of a request whose app ended without an answer of its own."""
+        if self._kind == "stream":
+            await self._relay.finish("gone" if self._stopped else "broken")
+        elif self._stopped and self.context.sent and self._kind == "none":
+            # The upstream works on the input all the same.
+            quote = self.metered.quote
+            usage = await self.meter.usage(quote, None, Output, sent=None)
+            await self.metered.settle(usage, end="gone")
+        else:
+            await self.metered.release(end="gone" if self._stopped else "broken")
+
+    async def _send_start(self, message: Message, receipt: Receipt | None = None) -> None:
+        """The start with our headers: exact after a settle, else with what is there while the hold stands."""
+        headers = [(name, value) for name, value in message["headers"] if not _ours(name.lower())]
+        headers += self._credit_headers(receipt)
+        if any(name.lower() == b"access-control-allow-origin" for name, _ in headers):
+            headers.append((b"access-control-expose-headers", _EXPOSED))
+        await self.send({**message, "headers": headers})
+
+    def _credit_headers(self, receipt: Receipt | None) -> list[Header]:
+        hold = self.metered.hold
+        if receipt is None:
+            return credit_headers(hold.id, remaining=hold.figures.remaining, reserved=hold.amount)
+        figures = receipt.figures
+        return credit_headers(
+            hold.id, used=receipt.used, remaining=None if figures is None else figures.remaining
+        )
+
+    async def _send_body(self, data: bytes, more: bool) -> None:
+        if self._complete:
+            return
+        self._complete = not more
+        await self.send({"type": "http.response.body", "body": data, "more_body": more})
+
+
+def credit_headers(
+    request: str, *, used: int | None = None, remaining: int | None = None, reserved: int | None = None
+) -> list[Header]:
+    """The headers of a metered answer; amounts in ticks, absent where None."""
+    headers = [(b"x-request-id", request.encode())]
+    amounts = (
+        (b"x-credits-used", used),
+        (b"x-credits-remaining", remaining),
+        (b"x-credits-reserved", reserved),
+    )
+    headers += [(name, credits(amount).encode()) for name, amount in amounts if amount is not None]
+    return headers
+
+
+def _ours(name: bytes, also: Iterable[bytes] = (b"x-request-id",)) -> bool:
+    return name.startswith(b"x-credits-") or name in also
+
+
+def _content_type(message: Message) -> bytes:
+    for name, value in message["headers"]:
+        if name.lower() == b"content-type":
+            return bytes(value).split(b";")[0].strip().lower()
+    return b""

@@ -1,0 +1,120 @@
+"""A metered request's body: read within a limit, checked, and rewritten where metering needs it."""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from .dialects import Dialect
+from .errors import BodyTooLarge, InvalidRequest
+from .meter import Metered
+from .replies import Receive, Scope
+
+_ESCAPED_LETTER = re.compile(rb"\\u00[4-7]")
+_decode_raw = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+
+
+async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes | None:
+    """The whole body; None where the client left before its end. Raises BodyTooLarge."""
+    too_large = BodyTooLarge(f"The request body is larger than {limit} bytes.")
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit() and int(value) > limit:
+            raise too_large
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        if part := message.get("body", b""):
+            size += len(part)
+            if size > limit:
+                raise too_large
+            parts.append(part)
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+def parse(body: bytes, dialect: Dialect) -> dict[str, Any]:
+    """The body's object. Raises InvalidRequest for what is none, and for keys that decide money said twice.
+
+    An upstream may read the other one of two equal keys, or take `Model` for `model`.
+    """
+    try:
+        parsed = msgspec.json.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        parsed = _parse_slowly(body)
+    if not isinstance(parsed, dict):
+        raise InvalidRequest("The request body must be a JSON object.")
+    for key in parsed:
+        if key not in dialect.money_keys and key.strip().casefold() in dialect.money_keys:
+            raise InvalidRequest(
+                f"The key {key!r} must be spelled {key.strip().casefold()!r}.", param=key.strip().casefold()
+            )
+    if any(body.count(b'"%b"' % key.encode()) > 1 for key in dialect.money_keys if key in parsed) or (
+        _ESCAPED_LETTER.search(body)
+    ):
+        _refuse_repeated(body, dialect)
+    return parsed
+
+
+def forwarded(body: bytes, metered: Metered, *, token_field: str, rewrite_model: bool) -> bytes:
+    """The body as it goes on: as it came, but for what metering or the price table changes."""
+    changes = _changes(metered, token_field, rewrite_model)
+    if not changes:
+        return body
+    given = metered.quote.body
+    if any(name in given for name in changes) or not given:
+        # Values that stay are kept byte for byte, spelling of numbers included.
+        whole: dict[str, Any] = {**_raw(body, given), **changes}
+        return msgspec.json.encode(whole)
+    added = msgspec.json.encode(changes)
+    return body.rstrip()[:-1] + b"," + added[1:]
+
+
+def _changes(metered: Metered, token_field: str, rewrite_model: bool) -> dict[str, object]:
+    quote = metered.quote
+    ask, dialect, changes = quote.ask, quote.dialect, dict[str, object]()
+    if ask.stream and dialect.asks_for_usage and not ask.wants_usage:
+        given = quote.body.get("stream_options")
+        changes["stream_options"] = {**(given if isinstance(given, Mapping) else {}), "include_usage": True}
+    if (lowered := metered.lowered_to) is not None:
+        own = token_field if token_field in dialect.maximum_fields else dialect.maximum_fields[0]
+        changes |= dict.fromkeys(ask.maximum_fields or (own,), lowered)
+    if rewrite_model and (target := quote.upstream_model) != ask.model:
+        changes["model"] = target
+    return changes
+
+
+def _raw(body: bytes, given: Mapping[str, object]) -> Mapping[str, object]:
+    try:
+        return _decode_raw(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return given
+
+
+def _parse_slowly(body: bytes) -> Any:
+    """JSON that msgspec refuses and others take: lone surrogates, huge numbers. NaN is no JSON."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no JSON")
+
+    try:
+        return json.loads(body, parse_constant=refuse)
+    except (ValueError, RecursionError):
+        raise InvalidRequest("The request body is not valid JSON.") from None
+
+
+def _refuse_repeated(body: bytes, dialect: Dialect) -> None:
+    def check(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {"pairs": pairs}
+
+    # The hook sees inner objects first, so only the last, outermost one is looked at.
+    outermost = json.loads(body, object_pairs_hook=check)["pairs"]
+    seen: set[str] = set()
+    for key, _ in outermost:
+        if key in seen and key in dialect.money_keys:
+            raise InvalidRequest(f"The key {key!r} is there twice.", param=key)
+        seen.add(key)
