@@ -15,7 +15,7 @@ if packed then
   local amount = string.match(packed, "^(%S+)")
   redis.call("HDEL", HOLDS, id)
   redis.call("ZREM", LEASES, id)
-  redis.call("HINCRBY", wallet, "held", "-" .. amount)
+  redis.call("HINCRBY", wallet, "held", minus(amount))
   local balance = redis.call("HGET", wallet, "balance") or "0"
   local entry = append(wallet, ARGV[2], id, "release", "0", "0", amount, "0", balance, ARGV[3])
   remember(id, "released 0 " .. entry)

@@ -16,7 +16,7 @@ if packed then
   amount, late = string.match(packed, "^(%S+)"), "0"
   redis.call("HDEL", HOLDS, id)
   redis.call("ZREM", LEASES, id)
-  redis.call("HINCRBY", wallet, "held", "-" .. amount)
+  redis.call("HINCRBY", wallet, "held", minus(amount))
 else
   local ended = redis.call("HGET", done_of(id), id)
   if ended then
@@ -29,15 +29,14 @@ end
 local promo = tonumber(redis.call("HGET", wallet, "promo") or "0")
 local given = "0"
 if charge ~= "0" then
-  redis.call("HINCRBY", wallet, "balance", "-" .. charge)
+  redis.call("HINCRBY", wallet, "balance", minus(charge))
   if promo > 0 then
     -- Grants are spent before paid credits.
     given = string.format("%.0f", math.min(promo, tonumber(charge)))
-    redis.call("HINCRBY", wallet, "promo", "-" .. given)
+    redis.call("HINCRBY", wallet, "promo", minus(given))
   end
 end
 local balance = redis.call("HGET", wallet, "balance") or "0"
-local minus = function(text) return text == "0" and "0" or "-" .. text end
 local entry = append(wallet, account, id, "charge", minus(charge), minus(given), amount, late, balance, ARGV[4])
 remember(id, "settled " .. charge .. " " .. entry)
 return {late == "1" and "late" or "ok", "settled", charge, figures(wallet)}

@@ -1,6 +1,11 @@
 -- One ledger entry, in the same call as the change that it records.
 local REMEMBERED_SECONDS = 1200
 
+-- "-0" is no integer to Redis.
+local function minus(amount)
+  return amount == "0" and "0" or "-" .. amount
+end
+
 local function now_ms()
   local time = redis.call("TIME")
   return tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
