@@ -1,3 +1,75 @@
 """Prepaid metering for LLM traffic: ASGI middleware and an OpenAI-compatible reverse proxy."""
 
+from .config import Config, load_config
+from .errors import (
+    AccountExists,
+    AccountRestricted,
+    ApiError,
+    BodyTooLarge,
+    BudgetExhausted,
+    ConfigError,
+    CreditsHeld,
+    IdConflict,
+    InsufficientCredits,
+    InvalidApiKey,
+    InvalidRequest,
+    MeterError,
+    MeteringUnavailable,
+    ModelNotFound,
+    NotFound,
+    OverCap,
+    PermissionDenied,
+    RateLimited,
+    UnknownAccount,
+    UnknownKey,
+    UnknownRequest,
+    UnsupportedParameter,
+    UnsupportedState,
+    UpstreamAuthFailed,
+    UpstreamError,
+    UpstreamTimeout,
+    WalletError,
+)
+from .meter import Meter
+from .middleware import MeterMiddleware
+from .pricing.table import PriceTable
+from .types import Account
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Account",
+    "AccountExists",
+    "AccountRestricted",
+    "ApiError",
+    "BodyTooLarge",
+    "BudgetExhausted",
+    "Config",
+    "ConfigError",
+    "CreditsHeld",
+    "IdConflict",
+    "InsufficientCredits",
+    "InvalidApiKey",
+    "InvalidRequest",
+    "Meter",
+    "MeterError",
+    "MeterMiddleware",
+    "MeteringUnavailable",
+    "ModelNotFound",
+    "NotFound",
+    "OverCap",
+    "PermissionDenied",
+    "PriceTable",
+    "RateLimited",
+    "UnknownAccount",
+    "UnknownKey",
+    "UnknownRequest",
+    "UnsupportedParameter",
+    "UnsupportedState",
+    "UpstreamAuthFailed",
+    "UpstreamError",
+    "UpstreamTimeout",
+    "WalletError",
+    "__version__",
+    "load_config",
+]
