@@ -169,10 +169,12 @@ class StreamReader:
         raise NotImplementedError
 
     def report(self, usage: object) -> bool:
-        """Keeps a usage object; the last word wins. False for what is none."""
+        """Keeps a usage object; the last word wins, unless it says nothing. False for what is none."""
         if not isinstance(usage, dict) or not usage:
             return False
-        self.reported = Reported.read(usage)
+        reported = Reported.read(usage)
+        if self.reported is None or reported.usage.prompt_tokens or reported.usage.completion_tokens:
+            self.reported = reported
         return True
 
 
@@ -321,6 +323,15 @@ def texts_in(value: object) -> Iterator[str]:
     elif isinstance(value, dict):
         for name in ("text", "content", "refusal", "thinking", "transcript"):
             yield from texts_in(value.get(name))
+
+
+def read_bare(output: Output, message: Mapping[str, Any]) -> None:
+    """Text outside any choices, as in `{"value": "..."}`: an answer of an unknown shape is not free."""
+    if "choices" in message or message.get("error"):
+        return
+    for name in ("text", "content", "value", "response"):
+        for text in texts_in(message.get(name)):
+            output.add((name,), text)
 
 
 def _inside(value: object) -> object:

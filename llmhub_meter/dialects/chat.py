@@ -16,6 +16,7 @@ from .base import (
     StreamReader,
     flag,
     maximum,
+    read_bare,
     required_text,
     texts_in,
     whole,
@@ -35,6 +36,7 @@ class ChatReader(StreamReader):
             for choice in choices:
                 if isinstance(choice, dict):
                     self.read_choice(choice)
+        read_bare(self.output, message)
         groq = message.get("x_groq")
         found = self.report(message.get("usage")) or (
             isinstance(groq, dict) and self.report(groq.get("usage"))
@@ -92,6 +94,7 @@ class Chat(Dialect):
             if isinstance(choice, dict):
                 output.seen = True
                 read_message(output, index, choice.get("message"))
+        read_bare(output, answer)
         return output
 
 

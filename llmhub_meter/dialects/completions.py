@@ -11,6 +11,7 @@ from .base import (
     Prompt,
     flag,
     maximum,
+    read_bare,
     required_text,
     whole,
 )
@@ -58,6 +59,7 @@ class Completions(Dialect):
             if isinstance(choice, dict):
                 output.seen = True
                 output.add((index,), choice.get("text"))
+        read_bare(output, answer)
         return output
 
 

@@ -1,8 +1,9 @@
 """The usage object of an answer, whatever the provider's habit, normalised: details inside totals.
 
 Rules from recorded answers: cached, audio and image tokens stand in `*_details`, or beside them (DeepSeek's
-`prompt_cache_hit_tokens`, Moonshot's `cached_tokens`, Anthropic's `cache_*_input_tokens`); xAI reports
-reasoning beside `completion_tokens`, Gemini's OpenAI path shows it in `total_tokens` alone.
+`prompt_cache_hit_tokens`, Moonshot's `cached_tokens`, and Anthropic's `cache_*_input_tokens`, which its
+`input_tokens` leave out); xAI reports reasoning beside `completion_tokens`, Gemini's OpenAI path shows it in
+`total_tokens` alone.
 """
 
 import math
@@ -13,6 +14,8 @@ from typing import Any
 from ..types import Usage
 
 MAX_COUNT = 10**12
+
+_APART = ("cache_read_input_tokens", "cache_creation_input_tokens")
 
 
 class _Nonsense(Exception):
@@ -69,18 +72,20 @@ class _Reader:
                 completion_tokens, completion_known = max(0, total - prompt_tokens), True
             elif prompt is None and not prompt_bad and completion is None and not completion_bad:
                 prompt_tokens, prompt_known, completion_known = total, True, True
+            elif prompt is None and not prompt_bad and completion_known and total > completion_tokens:
+                prompt_tokens, prompt_known = total - completion_tokens, True
         elif prompt_known and completion is None and not completion_bad:
             completion_known = True
 
         if prompt_known and completion_known:
             unexplained = (total or 0) - prompt_tokens - completion_tokens
             parts = (cached or 0) + (cache_write or 0)
-            if parts > prompt_tokens and unexplained >= parts:
-                # Reported apart from the prompt, as Anthropic does.
+            if unexplained >= parts > prompt_tokens or self._cache_is_apart(total, unexplained, parts):
                 prompt_tokens += parts
                 unexplained -= parts
             if unexplained > 0:
                 completion_tokens += unexplained
+                reasoning = reasoning or unexplained
 
         cached, cache_write = self._within(prompt_tokens, cached), self._within(prompt_tokens, cache_write)
         if cached + cache_write > prompt_tokens:
@@ -101,6 +106,12 @@ class _Reader:
             prompt_known,
             completion_known,
         )
+
+    def _cache_is_apart(self, total: int | None, unexplained: int, parts: int) -> bool:
+        """Whether the names are Anthropic's, whose input leaves the cached parts out. A total may object."""
+        given = {name for name, value in self.usage.items() if value is not None}
+        named = "input_tokens" in given and not given.isdisjoint(_APART)
+        return named and "prompt_tokens" not in given and (total is None or unexplained >= parts)
 
     def _within(self, whole: int, part: int | None) -> int:
         """A part that is larger than its whole is dropped: it is then charged as the plain kind."""
