@@ -1,17 +1,23 @@
-"""The model upstream built into `llmhub-meter demo`: OpenAI's wire format, no model behind it.
+"""`llmhub-meter demo`: everything in one process, and the model upstream that it brings along.
 
-The same request always gets the same bytes, and the usage reported is what tiktoken counts.
+The upstream speaks OpenAI's wire format with no model behind it: the same request always gets the same
+bytes, and the usage reported is what tiktoken counts.
 """
 
 import asyncio
 import base64
 import hashlib
 import math
+import os
 import re
+import signal
 import struct
 import zlib
 from bisect import bisect
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -22,19 +28,178 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from .errors import ApiError, InvalidRequest, ModelNotFound, NotFound
+from .config import Config
+from .errors import (
+    AccountExists,
+    ApiError,
+    ConfigError,
+    InvalidApiKey,
+    InvalidRequest,
+    ModelNotFound,
+    NotFound,
+)
+from .meter import Meter
+from .pricing.table import PriceTable
+from .proxy import create_app
 from .replies import error_json
+from .serving import app_server, cut_answers, listen, listen_next, url_of
 from .tokens import chat_text, count, count_in_thread, count_pieces
 
 CHAT_MODEL = "demo-chat"
 EMBEDDING_MODEL = "demo-embedding"
 IMAGE_MODEL = "demo-image"
+FREE_MODEL = "demo-free"
+
+MODELS: Mapping[str, Mapping[str, object]] = {
+    CHAT_MODEL: {
+        "type": "chat",
+        "input_per_1k": 14,
+        "output_per_1k": 56,
+        "max_output_tokens": 4096,
+        "context_window": 128_000,
+    },
+    FREE_MODEL: {
+        "type": "chat",
+        "free": True,
+        "max_output_tokens": 4096,
+        "context_window": 128_000,
+        "upstream_model": CHAT_MODEL,
+    },
+    EMBEDDING_MODEL: {"type": "embedding", "input_per_1k": "1.9"},
+    IMAGE_MODEL: {
+        "type": "image",
+        "per_generation": 3700,
+        "per_generation_by": {"1024x1024/hd": 7400},
+    },
+}
+"""The demo's price table, in credits."""
+
+ACCOUNT = "demo"
+KEY_FILE = "demo.key"
 
 _FINGERPRINT = "llmhub-meter-demo"
 _CREATED = 1_767_225_600
 """A fixed date, 2026-01-01, so that equal requests get equal answers."""
 _ECHO_CHARACTERS = 200
 _WORD = re.compile(r"\s*\S+|\s+")
+
+
+@dataclass(frozen=True, slots=True)
+class Demo:
+    """A demo that serves."""
+
+    key: str
+    base_url: str
+    account: str
+    data_dir: Path
+    busy_port: int | None
+    """The port that was asked for, where somebody else has it."""
+
+
+async def run(data_dir: Path, *, host: str, port: int, announce: Callable[[Demo], None]) -> None:
+    """Proxy, upstream and server of `data_dir` until SIGTERM or Ctrl-C; a second one does not wait.
+
+    Started again, it goes on with the same account, key and balance. Raises ConfigError.
+    """
+    stop = asyncio.Event()
+    with listen_next(host, port) as listener, listen("127.0.0.1", 0) as upstream_listener:
+        upstream_url = url_of("127.0.0.1", upstream_listener.getsockname()[1])
+        config = Config.model_validate(
+            {
+                "data_dir": data_dir,
+                "upstreams": {"demo": {"base_url": f"{upstream_url}/v1", "auth": "none"}},
+                "models": MODELS,
+            }
+        )
+        meter = Meter.from_config(config, background=True, adopt_prices=True)
+        try:
+            await meter.start()
+            await _publish(meter, config)
+            key = await _key(meter, data_dir)
+            async with (
+                app_server(create_upstream(), upstream_listener) as upstream,
+                app_server(create_app(config, meter), listener) as proxy,
+            ):
+
+                def end() -> None:
+                    if stop.is_set():
+                        cut_answers(proxy, upstream)
+                    stop.set()
+
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    asyncio.get_running_loop().add_signal_handler(number, end)
+                actual = listener.getsockname()[1]
+                busy = port if port not in (0, actual) else None
+                announce(Demo(key, f"{url_of(host, actual)}/v1", ACCOUNT, data_dir, busy))
+                await stop.wait()
+        finally:
+            await meter.aclose()
+
+
+async def _publish(meter: Meter, config: Config) -> None:
+    """Puts the demo's prices in force, but never in place of an operator's own."""
+    if foreign := sorted(meter.prices.table.models.keys() - MODELS.keys()):
+        raise ConfigError(
+            [
+                f"{config.data_dir} is in use with a price table of its own ({foreign[0]} ...); "
+                "run the demo in another folder"
+            ]
+        )
+    await meter.prices.publish(PriceTable.from_config(config.models, config.default_upstream), force=True)
+
+
+async def _key(meter: Meter, data_dir: Path) -> str:
+    """The demo account's key: the one of the last run, or a new one where that is lost."""
+    with suppress(AccountExists):
+        await meter.accounts.create(ACCOUNT)
+    account = (await meter.accounts.get(ACCOUNT)).account.id
+    path = data_dir / KEY_FILE
+    with suppress(FileNotFoundError, InvalidApiKey):
+        kept = path.read_text().strip()
+        if (await meter.accounts.find(kept)).account == account:
+            return kept
+    key, _ = await meter.accounts.issue_key(account, name=ACCOUNT)
+    # Replaced whole, so that a run which is killed here leaves no half a key.
+    draft = data_dir / f".{KEY_FILE}.{os.getpid()}"
+    with open(draft, "w", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        file.write(f"{key}\n")
+    draft.replace(path)
+    return key
+
+
+def welcome(demo: Demo) -> str:
+    """What the demo is and how to use it, with lines to paste."""
+    auth = f'-H "Authorization: Bearer {demo.key}"'
+    post = f"{auth} -H 'Content-Type: application/json'"
+    message = '"messages":[{"role":"user","content":"Hello"}]'
+    moved = "" if demo.busy_port is None else f"port {demo.busy_port} is busy, using {_port(demo)}\n"
+    return f"""{moved}llmhub-meter demo: an OpenAI-compatible API with prepaid credits, all on this machine.
+No model is asked: a built-in upstream answers and reports its tokens.
+
+  base URL   {demo.base_url}
+  API key    {demo.key}
+  account    {demo.account} (`accounts show {demo.account}`)
+  models     {", ".join(MODELS)}
+  data       {demo.data_dir}
+
+A chat; X-Credits-Used and X-Credits-Remaining are in its headers:
+  curl -i {demo.base_url}/chat/completions {post} -d '{{"model":"{CHAT_MODEL}",{message}}}'
+
+A stream; its last comment line has the credits:
+  curl -N {demo.base_url}/chat/completions {post} -d '{{"model":"{CHAT_MODEL}","stream":true,{message}}}'
+
+The balance:
+  curl {demo.base_url}/credits {auth}
+
+For OpenAI's clients:
+  export OPENAI_BASE_URL={demo.base_url}
+  export OPENAI_API_KEY={demo.key}
+
+Ctrl-C stops it; the next run goes on with the same key and balance."""
+
+
+def _port(demo: Demo) -> str:
+    return demo.base_url.removesuffix("/v1").rpartition(":")[2]
 
 
 def create_upstream(*, chunk_seconds: float = 0.02) -> Starlette:
