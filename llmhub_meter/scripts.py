@@ -77,11 +77,11 @@ class Scripts:
         """One plain command that may be repeated safely: a read, or a write that changes nothing twice."""
         return await _once_more(lambda: self._execute(*parts))
 
-    async def commands(self, batch: Sequence[Sequence[str | int]]) -> list[Any]:
-        """Several such commands in one round trip, each on its own."""
+    async def commands(self, batch: Sequence[Sequence[str | int]], *, atomic: bool = False) -> list[Any]:
+        """Several such commands in one round trip: each on its own, or as of one moment (keys of one slot)."""
 
         async def run() -> list[Any]:
-            async with self.redis.pipeline(transaction=False) as pipeline:
+            async with self.redis.pipeline(transaction=atomic) as pipeline:
                 for parts in batch:
                     pipeline.execute_command(*parts)
                 return list(await pipeline.execute())
