@@ -96,6 +96,8 @@ class Accounts:
             if field == "email":
                 _check_email(value)
         holder = await self.get(name_or_id)
+        if not changes:
+            return holder
         id = holder.account.id
         wallet = keys.wallet(id)
         await self._change(

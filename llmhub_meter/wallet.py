@@ -1,5 +1,6 @@
 """The wallet's verbs: each one script call, each idempotent by its id. Amounts are ticks."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from .errors import (
     IdConflict,
     InsufficientCredits,
     InvalidRequest,
+    MeteringUnavailable,
     OverCap,
     UnknownAccount,
     WalletError,
@@ -20,6 +22,11 @@ from .errors import (
 from .money import MAX_TICKS, credits
 from .scripts import Scripts
 from .types import Ending, Entry, Figures, Hold
+
+logger = logging.getLogger("llmhub_meter.wallet")
+
+CLOCK_DIFFERENCE_MS = 60_000
+"""How far the clock of a process may be ahead of Redis's, when the ledger is searched."""
 
 CreditCode = Literal["top_up", "grant", "refund", "adjust"]
 
@@ -110,18 +117,25 @@ class Wallet:
         return Extension(outcomes.get(status, "ended"), int(amount), _figures(figures))
 
     async def renew(self, hold: Hold, *, model: str) -> None:
-        """A new lease for a hold whose request still runs."""
-        await self.extend(hold, model=model, to_total=0, least_total=0, units=0)
+        """A new lease for a hold whose request still runs; an expired one is taken anew where it can be."""
+        await self.extend(
+            hold, model=model, to_total=hold.amount, least_total=hold.amount, units=hold.granted
+        )
 
     async def settle(self, request: str, account: str, charge: int, record: Mapping[str, object]) -> Ending:
-        """Takes the charge, once; whatever the hold was, the rest of it returns."""
+        """Takes the charge, once; whatever the hold was, the rest of it returns.
+
+        Raises MeteringUnavailable, also where the account is gone: then Redis has lost its data.
+        """
         if charge < 0:
             raise ValueError("a charge is never negative")
-        return _ending(
-            await self._scripts.call(
-                "settle", [keys.wallet(account)], [request, account, charge, _json(record)]
-            )
+        answer = await self._scripts.call(
+            "settle", [keys.wallet(account)], [request, account, charge, _json(record)]
         )
+        if answer[0] == "no_account":
+            logger.error("there is no account %r to charge %s: Redis has lost its data", account, request)
+            raise MeteringUnavailable()
+        return _ending(answer)
 
     async def release(self, request: str, account: str, record: Mapping[str, object]) -> Ending:
         """Gives the hold back whole; of an id never seen it leaves a mark, so that a late reserve fails."""
@@ -144,12 +158,15 @@ class Wallet:
         """Adds to a balance (or takes, where `amount` is negative), once per `id` for ever.
 
         A refund names the `request`, its `charge` and the part of that which was spent from grants. Raises
-        UnknownAccount, OverCap, IdConflict (the id was used for another amount or code), WalletError.
+        UnknownAccount, OverCap, IdConflict (the id stands for another amount, code or request), WalletError.
         """
+        if code == "refund" and amount <= 0:
+            raise WalletError("a refund gives back more than nothing")
+        noted = {**(record or {}), "request": request} if request else record or {}
         status, balance, held, promo, _ = await self._scripts.call(
             "credit",
             [keys.wallet(account), keys.credited(account)],
-            [id, account, amount, code, MAX_TICKS, _json(record or {}), request, charge, from_grants],
+            [id, account, amount, code, MAX_TICKS, _json(noted), request, charge, from_grants],
         )
         match status:
             case "no_account":
@@ -210,16 +227,21 @@ class Wallet:
 
     async def _search(self, ledger: str, request: str) -> Entry | None:
         """Beyond the remembered window: along the stream from the time inside the id."""
-        position = str(keys.started_at(request))
+        # The id's time is that of another clock than the stream's.
+        position = str(max(0, keys.started_at(request) - CLOCK_DIFFERENCE_MS))
         # A request ends at most a day after it began: its upstream's timeout is far below that.
         end = str(keys.started_at(request) + 86_400_000)
+        expired = None
         while True:
             batch = _stream(await self._scripts.command("XRANGE", ledger, position, end, "COUNT", 1000))
             for _, fields in batch:
-                if fields["id"] == request and fields["code"] in ("charge", "release", "expire"):
+                if fields["id"] == request and fields["code"] in ("charge", "release"):
                     return entry(fields)
+                # What was used may be charged after its hold expired, and that is the ending then.
+                if fields["id"] == request and fields["code"] == "expire":
+                    expired = entry(fields)
             if len(batch) < 1000:
-                return None
+                return expired
             position = f"({batch[-1][0]}"
 
 

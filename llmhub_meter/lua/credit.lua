@@ -2,7 +2,7 @@
   Change a balance: top-up, grant, refund, adjust.
 
   KEYS[1] wallet    hash    balance, held, promo, seq
-  KEYS[2] credited  hash    credit id -> amount, code, balance after it
+  KEYS[2] credited  hash    credit id -> amount, code, balance after it, refunded request
   ARGV[1] credit id         ARGV[2] account      ARGV[3] amount in ticks, may be negative
   ARGV[4] code: top_up, grant, refund, adjust    ARGV[5] cap in ticks
   ARGV[6] record, JSON
@@ -10,7 +10,7 @@
   ARGV[8] refund: that charge in ticks           ARGV[9] refund: the part of it that was spent from grants
 
   Returns {status, balance, held, promo, seen}; seen is the balance after the first call of this id
-  status: ok, exists, conflict (this id was another amount or code), no_account, over_cap, over_charge
+  status: ok, exists, conflict (this id was another amount, code or request), no_account, over_cap, over_charge
 ]]
 --@include partition
 --@include entry
@@ -22,8 +22,8 @@ end
 
 local earlier = redis.call("HGET", KEYS[2], id)
 if earlier then
-  local amount, kind, seen = string.match(earlier, "^(%S+) (%S+) (%S+)")
-  if amount ~= ARGV[3] or kind ~= code then return answer("conflict", seen) end
+  local amount, kind, seen, request = string.match(earlier, "^(%S+) (%S+) (%S+) ?(%S*)$")
+  if amount ~= ARGV[3] or kind ~= code or request ~= ARGV[7] then return answer("conflict", seen) end
   return answer("exists", seen)
 end
 if redis.call("EXISTS", wallet) == 0 then return answer("no_account") end
@@ -43,16 +43,17 @@ elseif code == "refund" then
   local paid = charge - tonumber(ARGV[9])
   given = math.max(0, after - paid) - math.max(0, before - paid)
   redis.call("HINCRBY", REFUNDS, ARGV[7], ARGV[3])
-elseif code == "top_up" then
+elseif code == "top_up" and amount > 0 then
   redis.call("HSET", wallet, "last_topup", ARGV[3])
 end
 
 redis.call("HINCRBY", wallet, "balance", ARGV[3])
--- The given part can't be more than the balance that is left: a grant pays a debt first.
-given = math.min(tonumber(promo) + given, after_balance) - tonumber(promo)
+-- The given part can't be more than the balance that is left (a grant pays a debt first), nor below nothing
+-- (a grant that is taken back after it was spent takes paid credits).
+given = math.max(0, math.min(tonumber(promo) + given, after_balance)) - tonumber(promo)
 given = string.format("%.0f", given)
 if given ~= "0" then redis.call("HINCRBY", wallet, "promo", given) end
 balance, held, promo = figures(wallet)
-redis.call("HSET", KEYS[2], id, ARGV[3] .. " " .. code .. " " .. balance)
+redis.call("HSET", KEYS[2], id, ARGV[3] .. " " .. code .. " " .. balance .. " " .. ARGV[7])
 append(wallet, account, id, code, ARGV[3], given, "0", "0", balance, ARGV[6])
 return answer("ok")

@@ -5,7 +5,8 @@
   ARGV[1] request id      ARGV[2] account      ARGV[3] charge in ticks      ARGV[4] record, JSON
 
   Returns {status, how, charge, balance, held, promo}
-  status: ok, late (charged, though the hold had expired or was never seen), exists (it ended before: how)
+  status: ok, late (charged, though the hold had expired or was never seen), exists (it ended before: how),
+    no_account (nothing was changed)
 ]]
 --@include partition
 --@include entry
@@ -24,6 +25,8 @@ else
     -- An expired hold was returned uncharged; what was used is still owed, once.
     if how ~= "expired" then return {"exists", how, earlier, figures(wallet)} end
   end
+  -- Of an account that had a hold, only lost data leaves nothing: a wallet made here would block its return.
+  if redis.call("EXISTS", wallet) == 0 then return {"no_account", "", "0", "0", "0", "0"} end
 end
 
 local promo = tonumber(redis.call("HGET", wallet, "promo") or "0")
