@@ -45,13 +45,13 @@ def serve(
     MeteringUnavailable.
     """
     _check_servable(config, path)
+    with listen(host, port) as listener:
+        port = listener.getsockname()[1]
     with ExitStack() as stack:
         if config.redis.url is None:
             # Held while the workers run: they come and go, and the last user would stop the server.
             stack.enter_context(EmbeddedServer.start(config.data_dir))
         asyncio.run(_publish_prices(config))
-        with listen(host, port) as listener:
-            port = listener.getsockname()[1]
         _leave_for_workers(path, background)
         stack.enter_context(_quiet_end_on_sigterm())
         watch = threading.Thread(target=_announce_when_up, args=(host, port, announce), daemon=True)
