@@ -53,14 +53,15 @@ class Accounts:
         # the script makes an account once, whoever asks.
         if not await self._scripts.command("HSETNX", keys.NAMES, name, id):
             id = await self._scripts.command("HGET", keys.NAMES, name)
-        if not await self._open(id, name=name, email=email):
+        account = Account(id, name, email, created_at=_now())
+        if not await self._open(account):
             raise AccountExists(f"there is an account {name!r} already")
-        return Account(id, name=name, email=email, created_at=_now())
+        return account
 
     async def ensure(self, account: Account) -> None:
         """Opens the account of a library user's `identify` when it is seen first, with the signup grant."""
         check_account_id(account.id)
-        await self._open(account.id, name=account.name or account.id, email=account.email)
+        await self._open(Account(account.id, account.name or account.id, account.email, created_at=_now()))
 
     async def get(self, name_or_id: str) -> Holder:
         """An account by its name or id. Raises UnknownAccount."""
@@ -179,11 +180,16 @@ class Accounts:
         self._found[digest] = key, time.monotonic() + CACHE_SECONDS
         return key
 
-    async def _open(self, id: str, *, name: str, email: str | None) -> bool:
-        wallet = keys.wallet(id)
-        fields = {"name": name, "status": "active", "created": str(_now()), "grant": str(self._signup_grant)}
-        if email is not None:
-            fields["email"] = email
+    async def _open(self, account: Account) -> bool:
+        wallet, id = keys.wallet(account.id), account.id
+        fields = {
+            "name": account.name,
+            "status": "active",
+            "created": str(account.created_at),
+            "grant": str(self._signup_grant),
+        }
+        if account.email is not None:
+            fields["email"] = account.email
         return await self._change(
             [wallet, wallet, keys.accounts(keys.partition(id)), keys.credited(id)],
             id,
