@@ -15,7 +15,9 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("scripts", "wallet", "accounts", "pricebook", "embedded", "finishing"),
     ("meter",),
     ("requests", "streams", "exchange", "middleware", "testing"),
-    ("upstream", "proxy", "demo"),
+    ("upstream", "proxy"),
+    ("serving",),
+    ("demo",),
     ("archive",),
     ("api",),
     ("cli", "__main__"),
@@ -33,7 +35,7 @@ NARROWER: dict[str, set[str]] = {
     "finishing": {*ROWS[0]},
     "meter": {*ROWS[0], *ROWS[1], "scripts", "wallet", "accounts", "pricebook", "finishing"},
     "upstream": {*ROWS[0]},
-    "demo": {*ROWS[0], *ROWS[1]},
+    "serving": {*ROWS[0], "embedded", "meter", "upstream", "proxy"},
 }
 
 INSIDE_FUNCTIONS: dict[str, set[str]] = {
