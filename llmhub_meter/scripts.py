@@ -78,7 +78,7 @@ class Scripts:
         return await _once_more(lambda: self._execute(*parts))
 
     async def commands(self, batch: Sequence[Sequence[str | int]], *, atomic: bool = False) -> list[Any]:
-        """Several such commands in one round trip: each on its own, or as of one moment (keys of one slot)."""
+        """Several such commands in one round trip: each on its own, or (in one slot) as of one moment."""
 
         async def run() -> list[Any]:
             async with self.redis.pipeline(transaction=atomic) as pipeline:
