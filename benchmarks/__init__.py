@@ -1,0 +1,1 @@
+"""Measurements of llmhub-meter on one machine: `python -m benchmarks.overhead`."""
