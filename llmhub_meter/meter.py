@@ -233,15 +233,10 @@ class Meter:
         account = payer.account.id
         request = keys.new_request_id(account)
         terms = self._terms(quote, self._bound(quote, body_bytes))
-        try:
+        hold = await self._reserve(request, payer, terms)
+        if hold is None:
+            terms = self._terms(quote, await self.prompt_tokens(quote), exact=True)
             hold = await self._reserve(request, payer, terms)
-            if hold is None:
-                terms = self._terms(quote, await self.prompt_tokens(quote), exact=True)
-                hold = await self._reserve(request, payer, terms)
-        except (MeteringUnavailable, asyncio.CancelledError):
-            # The hold may stand all the same.
-            self.finisher.owe(lambda: self.wallet.release(request, account, {}))
-            raise
         if hold is None:
             raise AssertionError("an exact input was sent back to be counted")
         metered = Metered(self, payer, quote, hold, terms)
@@ -301,14 +296,22 @@ class Meter:
 
     async def _reserve(self, request: str, payer: Payer, terms: Terms) -> Hold | None:
         try:
-            return await self.wallet.reserve(request, payer.account.id, terms)
+            return await self._hold(request, payer.account.id, terms)
         except UnknownAccount:
             await self.scripts.check_epoch()
             if payer.key is not None:
                 raise InvalidApiKey("The account of this API key does not exist.") from None
         # An account that the library user's own `identify` named is opened when it is seen first.
         await self.accounts.ensure(payer.account)
-        return await self.wallet.reserve(request, payer.account.id, terms)
+        return await self._hold(request, payer.account.id, terms)
+
+    async def _hold(self, request: str, account: str, terms: Terms) -> Hold | None:
+        try:
+            return await self.wallet.reserve(request, account, terms)
+        except (MeteringUnavailable, asyncio.CancelledError):
+            # The hold may stand all the same.
+            self.finisher.owe(lambda: self.wallet.release(request, account, {}))
+            raise
 
     def _find(self, table: PriceTable, name: str, dialect: Dialect) -> Model:
         model = table.find(name)
@@ -331,27 +334,29 @@ class Meter:
 
     def _with_allowances(self, quote: Quote, tokens: int) -> int:
         prompt, rules = self._prompt(quote), self.reserve_rules
-        tokens += prompt.images * rules.image_tokens
-        tokens += prompt.files * rules.file_tokens + prompt.tools * rules.tool_tokens
+        tokens += prompt.images * rules.image_tokens + prompt.tools * rules.tool_tokens
+        tokens += (prompt.files + prompt.audio) * rules.file_tokens
         window = quote.model.context_window
         return tokens if window is None else min(tokens, window)
 
     def _bound(self, quote: Quote, body_bytes: int) -> int:
         """The input from above: a text has no more tokens than bytes."""
-        if quote.model.free or not quote.model.bound(1000, 0) - quote.model.per_request:
-            return 0
-        return self._with_allowances(quote, body_bytes)
+        return 0 if not quote.model.input_per_1k else self._with_allowances(quote, body_bytes)
 
     def _terms(self, quote: Quote, prompt_tokens: int, *, exact: bool = False) -> Terms:
         """What to set aside; CONTRACT's rules of how much."""
         model, ask, rules = quote.model, quote.ask, self.reserve_rules
         if model.free:
             return Terms(quote.model.name, free=True)
-        fixed = model.bound(prompt_tokens, 0)
-        rich_above = 0 if exact else RICH * (fixed - model.per_request)
-        fixed += ask.images * model.variant(ask.size, ask.quality)
+        price = model.input_price()
+        if prompt_tokens:
+            prompt = self._prompt(quote)
+            price = model.input_price(images=prompt.images > 0, audio=prompt.audio > 0)
+        fixed = -(-prompt_tokens * price // 1000)
+        rich_above = 0 if exact else RICH * fixed
+        fixed += model.per_request + ask.images * model.variant(ask.size, ask.quality)
         fixed += -(-ask.characters * model.per_1k_characters // 1000)
-        rate = max(model.output_per_1k, model.reasoning_per_1k, model.audio_output_per_1k)
+        rate = model.output_price(audio=ask.speaks)
         if not rate or not ask.writes:
             return Terms(model.name, fixed, rich_above=rich_above)
 

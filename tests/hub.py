@@ -1,6 +1,7 @@
 """A hub for tests: a scripted upstream, the proxy before it on real ports, and a hand on its wallet."""
 
 import asyncio
+import functools
 import json
 import socket
 import threading
@@ -155,8 +156,9 @@ class Hub:
     key: str = ""
     account: str = ""
 
-    def __post_init__(self) -> None:
-        self.client = httpx.Client(base_url=self.url, timeout=20, headers=self.auth)
+    @functools.cached_property
+    def client(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=20, headers=self.auth)
 
     @property
     def auth(self) -> dict[str, str]:
@@ -258,8 +260,10 @@ def hub(
         with serve_app(create_app(config, Meter.from_config(config))) as proxy:
             running = Hub(proxy, scripted, redis_url, config)
             running.account, running.key = running.open_account("alice", credits)
-            yield running
-            running.client.close()
+            try:
+                yield running
+            finally:
+                running.client.close()
             running.wait_until_free()
             report = running.audit()
             assert report.differences == 0, report.findings

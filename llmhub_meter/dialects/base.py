@@ -42,6 +42,8 @@ class Ask:
     """The client itself asked for usage in the stream."""
     writes: bool = True
     """Whether output tokens come out at all."""
+    speaks: bool = False
+    """Whether output may be audio."""
     images: int = 0
     size: str | None = None
     quality: str | None = None
@@ -56,6 +58,7 @@ class Prompt:
     overhead: int = 0
     images: int = 0
     files: int = 0
+    audio: int = 0
     tools: int = 0
     """Hosted tools, whose results become prompt tokens."""
 

@@ -68,6 +68,7 @@ class Chat(Dialect):
             maximum=limit,
             maximum_fields=fields,
             wants_usage=wants_usage(body),
+            speaks=isinstance(body.get("modalities"), list) and "audio" in body["modalities"],
         )
 
     def prompt(self, body: Body, model: str) -> Prompt:
@@ -79,7 +80,7 @@ class Chat(Dialect):
             model=model,
         )
         tools = sum(1 for _ in _hosted_tools(body)) + ("web_search_options" in body)
-        return Prompt(found.pieces, found.overhead, found.images, found.files + found.audio, tools)
+        return Prompt(found.pieces, found.overhead, found.images, found.files, found.audio, tools)
 
     def unpriced(self, body: Body) -> Iterator[str]:
         yield from super().unpriced(body)

@@ -125,18 +125,17 @@ class Model:
             thousandths += int(line.quantity) * line.price * (1000 // line.per)
         return Charge((thousandths + 500) // 1000, tuple(lines))
 
-    def bound(self, prompt_tokens: int, completion_tokens: int) -> int:
-        """The most that so many tokens can cost, whatever their kinds: never below their charge."""
-        dearest_input = max(
+    def input_price(self, *, images: bool = False, audio: bool = False) -> int:
+        """What 1,000 prompt tokens cost at most, cache writes aside, by what is among them."""
+        return max(
             self.input_per_1k,
-            self.cached_input_per_1k,
-            self.cache_write_per_1k,
-            self.audio_input_per_1k,
-            self.image_input_per_1k,
+            self.image_input_per_1k if images else 0,
+            self.audio_input_per_1k if audio else 0,
         )
-        dearest_output = max(self.output_per_1k, self.reasoning_per_1k, self.audio_output_per_1k)
-        thousandths = max(0, prompt_tokens) * dearest_input + max(0, completion_tokens) * dearest_output
-        return self.per_request - (-thousandths // 1000)
+
+    def output_price(self, *, audio: bool = False) -> int:
+        """What 1,000 output tokens cost at most."""
+        return max(self.output_per_1k, self.reasoning_per_1k, self.audio_output_per_1k if audio else 0)
 
     def variant(self, size: str | None, quality: str | None) -> int:
         """The price of one image: `SIZE/QUALITY` beats `SIZE` beats `per_generation`."""
