@@ -17,7 +17,7 @@ from llmhub_meter.embedded import find_binary
 
 from . import ledger, load, stub
 from .load import Load
-from .processes import Processes, cpu_seconds, end_on_signals, free_port, pinned, rss_mib
+from .processes import Processes, cpu_seconds, free_port, pinned, rss_mib
 from .proxies import KINDS, MODEL
 from .report import FIGURES, Case, Run, figure_table, ratio_table, ratios
 
@@ -121,7 +121,6 @@ class Checks:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures and prints; 1 when a check failed."""
     options = _options(arguments)
-    end_on_signals()
     cases = [Case(count, False) for count in options.connections]
     cases += [Case(count, True) for count in options.streams]
     with started(options) as bench:

@@ -10,11 +10,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NoReturn, Self
 
 ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 20.0
 STOP_SECONDS = 5.0
+_ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -24,10 +25,13 @@ class Processes:
 
     def __init__(self) -> None:
         self._running: list[subprocess.Popen[str]] = []
+        self._spawning = False
+        self._signalled = 0
         self._folder = tempfile.TemporaryDirectory(prefix="llmhub-bench-")
         self.folder = Path(self._folder.name)
 
     def __enter__(self) -> Self:
+        self._handlers = {number: signal.signal(number, self._on_signal) for number in _ENDING_SIGNALS}
         return self
 
     def __exit__(
@@ -36,12 +40,19 @@ class Processes:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        # A second signal must not leave half of it running.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
+        _ignore_signals()
         for process in reversed(self._running):
             _end(process)
         self._folder.cleanup()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        # While a process is being started, nobody knows it yet who could end it.
+        if self._spawning:
+            self._signalled = number
+        else:
+            _leave(number)
 
     def start(self, name: str, command: Sequence[str], *, port: int) -> subprocess.Popen[str]:
         """Starts a server and waits until its port accepts. Its output goes to a log in the folder."""
@@ -65,6 +76,7 @@ class Processes:
         return output
 
     def _spawn(self, command: Sequence[str], output: int, errors: int) -> subprocess.Popen[str]:
+        self._spawning = True
         # A session of its own: Ctrl-C reaches us alone, and we end the others in order.
         process = subprocess.Popen(
             command,
@@ -76,16 +88,21 @@ class Processes:
             start_new_session=True,
         )
         self._running.append(process)
+        self._spawning = False
+        if self._signalled:
+            _leave(self._signalled)
         return process
 
 
-def end_on_signals() -> None:
-    """Turns SIGTERM into an exit that passes through every `finally`, as Ctrl-C does already."""
+def _leave(number: int) -> NoReturn:
+    """Exits through every `finally`; a second signal must not leave half of it running."""
+    _ignore_signals()
+    sys.exit(128 + number)
 
-    def leave(number: int, frame: object) -> None:
-        sys.exit(128 + number)
 
-    signal.signal(signal.SIGTERM, leave)
+def _ignore_signals() -> None:
+    for number in _ENDING_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def pinned(command: Sequence[str], cpus: str | None) -> list[str]:
