@@ -72,9 +72,10 @@ def _plain(path: str) -> str:
             break
         path = decoded
     parts: list[str] = []
-    for part in path.replace("\\", "/").split(";")[0].casefold().split("/"):
-        if part == "..":
+    for part in path.replace("\\", "/").casefold().split("/"):
+        name = part.split(";")[0].strip()
+        if name == "..":
             parts = parts[:-1]
-        elif part.strip() not in ("", "."):
-            parts.append(part.strip())
+        elif name not in ("", "."):
+            parts.append(name)
     return "/" + "/".join(parts)

@@ -79,13 +79,17 @@ class Chat(Dialect):
             response_format=body.get("response_format"),
             model=model,
         )
-        tools = sum(1 for _ in _hosted_tools(body)) + ("web_search_options" in body)
+        tools = sum(1 for _ in _hosted_tools(body)) + (body.get("web_search_options") is not None)
         return Prompt(found.pieces, found.overhead, found.images, found.files, found.audio, tools)
 
     def unpriced(self, body: Body) -> Iterator[str]:
         yield from super().unpriced(body)
+        # Empty options search too; `search_parameters` is xAI's name for them, `enable_search` DashScope's.
+        yield from (
+            name for name in ("web_search_options", "search_parameters") if body.get(name) is not None
+        )
         # `models` and `plugins` are OpenRouter's: a dearer fallback model, a paid web search.
-        yield from (name for name in ("web_search_options", "models", "plugins") if body.get(name))
+        yield from (name for name in ("enable_search", "models", "plugins") if body.get(name))
         yield from _hosted_tools(body)
 
     def output(self, answer: Body) -> Output:

@@ -167,12 +167,12 @@ def test_integral_spellings_are_counts(spelling: object) -> None:
 
 
 NONSENSE = [
-    *(True, False, "", "x", "1e3", "12.5", "0x10", "-1", "1_000", "٣", "9" * 16),
+    *(True, False, "", "x", "1e3", "12.5", "0x10", "-1", "1_000", "٣", "9" * 16, "1" * 5000),
     *(float("nan"), float("inf"), 1e400, -1, -0.5, 0.5, MAX_COUNT + 1, 10**30, {}, {"n": 1}, [], [5]),
 ]
 
 
-@pytest.mark.parametrize("nonsense", NONSENSE, ids=repr)
+@pytest.mark.parametrize("nonsense", NONSENSE, ids=lambda value: repr(value)[:20])
 def test_nonsense_makes_its_part_unknown(nonsense: object) -> None:
     prompt = read({"prompt_tokens": nonsense, "completion_tokens": 500, "total_tokens": 1500})
     assert (prompt.prompt_known, prompt.completion_known, prompt.usage.invalid) == (False, True, True)
@@ -186,11 +186,22 @@ def test_nonsense_makes_its_part_unknown(nonsense: object) -> None:
     assert completion.usage.prompt_tokens == 1000
 
 
-@pytest.mark.parametrize("nonsense", NONSENSE, ids=repr)
+@pytest.mark.parametrize("nonsense", NONSENSE, ids=lambda value: repr(value)[:20])
 def test_a_nonsense_detail_is_dropped(nonsense: object) -> None:
     reported = read({**USAGE, "prompt_tokens_details": {"cached_tokens": nonsense, "audio_tokens": 7}})
     assert reported.usage == Usage(1000, 500, audio_prompt_tokens=7, invalid=True)
     assert reported.prompt_known and reported.completion_known
+
+
+def test_a_usage_inside_x_groq_is_the_second_choice() -> None:
+    inside = {"x_groq": {"usage": USAGE}}
+    for answer in (
+        inside,
+        {"usage": None, **inside},
+        {"usage": USAGE, "x_groq": {"usage": {"prompt_tokens": 1}}},
+    ):
+        assert CHAT.reported(Answer(json.dumps(answer).encode())) == Reported(Usage(1000, 500), True, True)
+    assert CHAT.reported(Answer(b'{"x_groq":{"id":"req_1"}}')) is None
 
 
 def test_one_good_spelling_of_two_is_enough() -> None:
