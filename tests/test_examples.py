@@ -2,6 +2,8 @@
 
 import asyncio
 import importlib.util
+import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,14 +16,17 @@ import pytest
 from hub import DONE, Scripted, chat_answer, chunk, usage
 from servers import serve_app
 
+from llmhub_meter import demo
 from llmhub_meter.accounts import Accounts
-from llmhub_meter.config import load_config
+from llmhub_meter.config import Config, load_config
+from llmhub_meter.errors import ConfigError
 from llmhub_meter.meter import Meter
 from llmhub_meter.money import credits, ticks
 from llmhub_meter.proxy import create_app
 from llmhub_meter.scripts import Scripts, connect
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
 GREETING = [{"role": "user", "content": "one two three"}]
 
 
@@ -187,8 +192,39 @@ def test_the_proxy_before_ollama_and_vllm(redis_url: str) -> None:
 
 
 def test_the_configs_ask_for_their_keys() -> None:
-    from llmhub_meter.errors import ConfigError
-
     for path in (EXAMPLES / "proxy").glob("*.toml"):
         with pytest.raises(ConfigError, match="environment variable .*_API_KEY is not set"):
             load_config(path, environ={})
+
+
+def test_the_numbers_of_the_readme_and_the_tutorial(redis_url: str) -> None:
+    """What the pages show is what the demo's upstream and prices give."""
+    key = open_account(redis_url)
+    hello = {"model": "demo-chat", "messages": [{"role": "user", "content": "Hello"}]}
+    with serve_app(demo.create_upstream(chunk_seconds=0)) as target:
+        config = Config.model_validate(
+            {
+                "redis": {"url": redis_url},
+                "upstreams": {"demo": {"base_url": f"{target}/v1"}},
+                "models": demo.MODELS,
+            }
+        )
+        with serve_app(create_app(config, Meter.from_config(config))) as url:
+            auth = {"authorization": f"Bearer {key}"}
+            answer = httpx.post(f"{url}/v1/chat/completions", json=hello, headers=auth)
+            stream = httpx.post(f"{url}/v1/chat/completions", json={**hello, "stream": True}, headers=auth)
+            path = f"{url}/v1/credits/requests/{answer.headers['x-request-id']}"
+            record = httpx.get(path, headers=auth).json()
+    names = ("content-length", "content-type", "x-credits-used", "x-credits-remaining")
+    readme, tutorial = (ROOT / "README.md").read_text(), (ROOT / "docs" / "tutorial.md").read_text()
+    for name in names:
+        for page in (readme, tutorial):
+            assert f"\n{name}: {answer.headers[name]}\n" in page
+    comment = next(line for line in stream.text.splitlines() if line.startswith(": credits"))
+    assert f"\n{comment}\n" in tutorial
+    shown = next(
+        json.loads(text)
+        for text in re.findall(r"^```json\n(.*?)^```$", tutorial, re.MULTILINE | re.DOTALL)
+        if "breakdown" in text
+    )
+    assert {**record, "id": shown["id"]}.items() >= shown.items()
