@@ -5,8 +5,8 @@
   ARGV[1] request id      ARGV[2] account      ARGV[3] charge in ticks      ARGV[4] record, JSON
 
   Returns {status, how, charge, balance, held, promo}
-  status: ok, late (charged, though the hold had expired or was never seen), exists (it ended before: how),
-    no_account (nothing was changed)
+  status: ok, late (charged, now or before, though the hold had expired or was never seen),
+    exists (it ended before: how), no_account (nothing was changed)
 ]]
 --@include partition
 --@include entry
@@ -21,9 +21,11 @@ if packed then
 else
   local ended = redis.call("HGET", done_of(id), id)
   if ended then
-    local how, earlier = string.match(ended, "^(%S+) (%S+)")
+    local how, earlier, was_late = string.match(ended, "^(%S+) (%S+) %S+ ?(%S*)")
     -- An expired hold was returned uncharged; what was used is still owed, once.
-    if how ~= "expired" then return {"exists", how, earlier, figures(wallet)} end
+    if how ~= "expired" then
+      return {was_late == "1" and "late" or "exists", how, earlier, figures(wallet)}
+    end
   end
   -- Of an account that had a hold, only lost data leaves nothing: a wallet made here would block its return.
   if redis.call("EXISTS", wallet) == 0 then return {"no_account", "", "0", "0", "0", "0"} end
@@ -41,5 +43,5 @@ if charge ~= "0" then
 end
 local balance = redis.call("HGET", wallet, "balance") or "0"
 local entry = append(wallet, account, id, "charge", minus(charge), minus(given), amount, late, balance, ARGV[4])
-remember(id, "settled " .. charge .. " " .. entry)
+remember(id, "settled " .. charge .. " " .. entry .. " " .. late)
 return {late == "1" and "late" or "ok", "settled", charge, figures(wallet)}
