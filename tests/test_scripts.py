@@ -45,8 +45,8 @@ async def prove(scripts: Scripts) -> None:
 @pytest.fixture
 def short_timeout(monkeypatch: pytest.MonkeyPatch) -> float:
     """The time a client waits for Redis, short enough to wait for it in a test."""
-    monkeypatch.setattr(module, "REDIS_TIMEOUT_SECONDS", 0.3)
-    return 0.3
+    monkeypatch.setattr(module, "REDIS_TIMEOUT_SECONDS", 0.2)
+    return 0.2
 
 
 Loss = Literal["before", "cut", "swallow"]
@@ -308,10 +308,10 @@ class World:
 
     async def seen(self) -> dict[str, Any]:
         """What is there, without the ids and times that differ from run to run."""
-        codes: Counter[str] = Counter()
-        for number in range(keys.PARTITIONS):
-            for _, fields in await self.scripts.command("XRANGE", keys.ledger(number), "-", "+"):
-                codes[fields["code"]] += 1
+        ledgers = await self.scripts.commands(
+            [["XRANGE", keys.ledger(number), "-", "+"] for number in range(keys.PARTITIONS)]
+        )
+        codes = Counter(fields["code"] for stream in ledgers for _, fields in stream)
         number = keys.partition("ada")
         return {
             "codes": dict(codes),
