@@ -15,15 +15,19 @@ import openai
 import pytest
 from hub import DONE, Scripted, chat_answer, chunk, usage
 from servers import serve_app
+from starlette.applications import Starlette
+from starlette.routing import Route
 
 from llmhub_meter import demo
 from llmhub_meter.accounts import Accounts
 from llmhub_meter.config import Config, load_config
 from llmhub_meter.errors import ConfigError
 from llmhub_meter.meter import Meter
+from llmhub_meter.middleware import MeterMiddleware
 from llmhub_meter.money import credits, ticks
 from llmhub_meter.proxy import create_app
 from llmhub_meter.scripts import Scripts, connect
+from llmhub_meter.testing import temporary_meter
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -195,6 +199,27 @@ def test_the_configs_ask_for_their_keys() -> None:
     for path in (EXAMPLES / "proxy").glob("*.toml"):
         with pytest.raises(ConfigError, match="environment variable .*_API_KEY is not set"):
             load_config(path, environ={})
+
+
+async def test_a_temporary_meter_for_the_tests_of_an_app() -> None:
+    spec = importlib.util.spec_from_file_location("starlette_example", EXAMPLES / "starlette_app" / "main.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    app = Starlette(routes=[Route("/v1/chat/completions", module.chat, methods=["POST"])])
+    models = {"house-model": {"type": "chat", "input_per_1k": 1000, "output_per_1k": 1000}}
+    body = {"model": "house-model", "messages": GREETING}
+    async with temporary_meter(models, credits=500) as paid:
+        transport = httpx.ASGITransport(MeterMiddleware(app, meter=paid.meter))
+        async with httpx.AsyncClient(transport=transport, base_url="http://app") as client:
+            answer = await client.post("/v1/chat/completions", json=body, headers=paid.headers)
+        assert answer.headers["x-credits-used"] == "12"
+        assert (await paid.balance(), await paid.held()) == ("488", "0")
+    async with temporary_meter(models, credits=0) as broke:
+        transport = httpx.ASGITransport(MeterMiddleware(app, meter=broke.meter))
+        async with httpx.AsyncClient(transport=transport, base_url="http://app") as client:
+            answer = await client.post("/v1/chat/completions", json=body, headers=broke.headers)
+        assert answer.status_code == 402
 
 
 def test_the_numbers_of_the_readme_and_the_tutorial(redis_url: str) -> None:

@@ -40,6 +40,7 @@ NARROWER: dict[str, set[str]] = {
 
 INSIDE_FUNCTIONS: dict[str, set[str]] = {
     "meter": {"embedded"},
+    "testing": {"embedded"},
     "proxy": {"api"},
 }
 """What a room may import only where it is used, beside what it may import anyway."""
