@@ -63,6 +63,13 @@ class EmbeddedServer:
             raise ConfigError([f"the embedded server of {data_dir} can't start: {error}"]) from error
         return cls(data_dir, f"unix://{quote(str(address))}", users_lock)
 
+    def ensure_running(self, *, timeout_seconds: float = 30) -> None:
+        """Start the server again where it died under its users; ConfigError when it can't answer in time."""
+        try:
+            _find_or_launch(self.data_dir, time.monotonic() + timeout_seconds)
+        except OSError as error:
+            raise ConfigError([f"the embedded server of {self.data_dir} can't start: {error}"]) from error
+
     def stop(self) -> None:
         """Give up this share, and stop the server if nobody else has one; a second call does nothing."""
         if self._users_lock.closed:

@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from . import keys
 from .accounts import Accounts
@@ -25,6 +25,7 @@ from .config import (
 )
 from .dialects import Ask, Dialect, Output, Prompt, Reported
 from .errors import (
+    ConfigError,
     InvalidApiKey,
     InvalidRequest,
     MeteringUnavailable,
@@ -125,7 +126,7 @@ class Meter:
         self._started = False
         self._tasks: list[asyncio.Task[None]] = []
         self._running: dict[str, Metered] = {}
-        self._embedded: contextlib.ExitStack | None = None
+        self._embedded: _OwnServer | None = None
         self.scripts = Scripts(connect(redis))
         self.wallet = Wallet(self.scripts, lease_seconds=self.reserve_rules.lease_seconds)
         self.accounts = Accounts(self.scripts, signup_grant=self.credits.signup_grant)
@@ -147,13 +148,14 @@ class Meter:
         if not isinstance(config, Config):
             config = load_config(None if config is None else Path(config), environ=os.environ)
         prices = PriceTable.from_config(config.models, config.default_upstream)
-        with contextlib.ExitStack() as stack:
-            url = config.redis.url
-            if url is None:
-                # Only here, so that a meter on a Redis of its own never loads it.
-                from .embedded import EmbeddedServer
+        url, server = config.redis.url, None
+        if url is None:
+            # Only here, so that a meter on a Redis of its own never loads it.
+            from .embedded import EmbeddedServer
 
-                url = stack.enter_context(EmbeddedServer.start(config.data_dir)).url
+            server = EmbeddedServer.start(config.data_dir)
+            url = server.url
+        try:
             meter = cls(
                 redis=url,
                 prices=prices,
@@ -164,7 +166,11 @@ class Meter:
                 background=background,
                 adopt_prices=adopt_prices,
             )
-            meter._embedded = stack.pop_all()
+        except BaseException:
+            if server is not None:
+                server.stop()
+            raise
+        meter._embedded = server
         return meter
 
     async def start(self) -> None:
@@ -200,7 +206,7 @@ class Meter:
         await self.finisher.drain(drain_seconds)
         await self.scripts.aclose()
         if self._embedded is not None:
-            self._embedded.close()
+            self._embedded.stop()
         self._started = False
 
     async def identify(self, key: str | None) -> Payer:
@@ -389,8 +395,18 @@ class Meter:
     async def _follow_prices(self) -> None:
         while True:
             await asyncio.sleep(POLL_PRICES_SECONDS)
-            with contextlib.suppress(MeteringUnavailable):
+            try:
                 await self.prices.refresh()
+            except MeteringUnavailable:
+                await self._revive()
+
+    async def _revive(self) -> None:
+        """An embedded server that died is started again by whoever notices first; its data are on disk."""
+        if self._embedded is not None:
+            try:
+                await asyncio.to_thread(self._embedded.ensure_running)
+            except ConfigError as error:
+                logger.error("%s", error.message)
 
     async def _sweep(self) -> None:
         """Returns the holds of owners that died; one process at a time does it."""
@@ -517,6 +533,14 @@ class Metered:
             record["lines"] = [[line.kind, str(line.quantity), line.price, line.per] for line in charge.lines]
             record |= {name: True for name in ("estimated", "invalid") if getattr(usage, name)}
         return {**record, **facts}
+
+
+class _OwnServer(Protocol):
+    """What the meter needs of an embedded server."""
+
+    def ensure_running(self) -> None: ...
+
+    def stop(self) -> None: ...
 
 
 @contextlib.asynccontextmanager
