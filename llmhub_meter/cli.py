@@ -62,15 +62,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments, left = _parser().parse_known_args(argv)
     # An optional last word after an option is left over by argparse: `estimate MODEL --output 9 TEXT`.
     last: str | None = getattr(arguments, "last", None)
-    if last is not None and len(left) == 1 and getattr(arguments, last) is None and _is_word(left[0]):
-        setattr(arguments, last, left.pop())
+    if last is not None and getattr(arguments, last) is None:
+        words = left[1:] if left[:1] == ["--"] else left
+        if len(words) == 1 and (words is not left or not words[0].startswith("-") or words == ["-"]):
+            setattr(arguments, last, words[0])
+            left = []
     if left:
         raise WrongUse(f"unrecognized arguments: {' '.join(left)} (see llmhub-meter --help)")
     return arguments
-
-
-def _is_word(text: str) -> bool:
-    return text == "-" or not text.startswith("-")
 
 
 def _parser() -> argparse.ArgumentParser:
