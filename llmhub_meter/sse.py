@@ -1,16 +1,23 @@
 """Server-sent events as bytes: split, look, write. Grammar: WHATWG HTML, "Event stream interpretation"."""
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 MAX_EVENT_BYTES = 16 * 1024 * 1024
 DONE = b"data: [DONE]\n\n"
 
-# A blank line: two line ends in a row, of any kind. CR LF is one line end, never two.
-_BORDER = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?:\r\n|\n|\r)")
-_LINE = re.compile(rb"\r\n|\n|\r")
 _BOM = b"\xef\xbb\xbf"
-_LONGEST_BORDER = 4
+_CR, _LF, _COLON, _SPACE = b"\r\n: "
+_LINE = re.compile(rb"[^\r\n]+")
+_LINE_END = re.compile(rb"\r\n|\n|\r")
+# A line end and the first byte of the next: an event is over before the LF of a last CR LF has come.
+_BORDER = re.compile(rb"(?:\n|\r\n?+)[\r\n]")
+
+
+class Piece(bytes):
+    """A part of an event that is longer than the limit: it is passed on and never read."""
 
 
 class EventSplitter:
@@ -20,6 +27,8 @@ class EventSplitter:
         self._max = max_event_bytes
         self._waiting = bytearray()
         self._searched = 0
+        self._after_cr = False
+        self._in_pieces = False
 
     @property
     def pending(self) -> int:
@@ -29,49 +38,83 @@ class EventSplitter:
     def feed(self, data: bytes) -> list[bytes]:
         """The events that are whole now, each with the blank line that ends it.
 
-        An event that ends in a CR does not wait for a LF that may belong to it: that comes with the next. One
-        that grows past the limit is handed out in pieces, which no reader takes for an event.
+        Nothing waits for the LF of a CR LF: one that is late comes alone. An event longer than the limit is
+        given as `Piece`s.
         """
-        if not self._waiting and data.endswith(b"\n\n") and data.count(b"\n\n") == 1 and b"\r" not in data:
-            return [data]
-        self._waiting += data
-        events: list[bytes] = []
-        start = 0
-        # A border may have begun in the last bytes that were searched before.
-        position = max(0, self._searched - _LONGEST_BORDER)
-        while found := _BORDER.search(self._waiting, position):
-            end = found.end()
-            if self._waiting[end - 1] == 0x0D and self._waiting[end : end + 1] == b"\n":
-                end += 1
-            events.append(bytes(self._waiting[start:end]))
-            start = position = end
-        del self._waiting[:start]
-        if len(self._waiting) > self._max:
-            events.append(self.rest())
-        self._searched = len(self._waiting)
-        return events
+        if data.find(b"\n\n") == len(data) - 2 and data.find(b"\r") < 0 and 2 <= len(data) <= self._max:
+            if not (self._waiting or self._after_cr or self._in_pieces):
+                return [data]
+        return self._split(data)
 
     def rest(self) -> bytes:
         """What is left: an event without its blank line. The splitter is empty afterwards."""
-        left = bytes(self._waiting)
+        left = self._event(bytes(self._waiting), len(self._waiting))
         self._waiting.clear()
         self._searched = 0
+        self._after_cr = self._in_pieces = False
         return left
+
+    def _split(self, data: bytes) -> list[bytes]:
+        events: list[bytes] = []
+        if self._after_cr and data:
+            self._after_cr = False
+            if data[0] == _LF:
+                events.append(b"\n")
+                data = data[1:]
+        source: bytes | bytearray = data
+        if self._waiting:
+            self._waiting += data
+            source = self._waiting
+        start = 0
+        # The last byte that was searched may be the line end before the blank line.
+        position = max(0, self._searched - 1)
+        while found := _BORDER.search(source, position):
+            end = position = found.end()
+            if source[end - 1] == _CR:
+                if end == len(source):
+                    self._after_cr = True
+                elif source[end] == _LF:
+                    position += 1
+            events.append(self._event(bytes(source[start:position]), end - start))
+            self._in_pieces = False
+            start = position
+        if source is data:
+            self._waiting += data[start:]
+        else:
+            del self._waiting[:start]
+        if len(self._waiting) > self._max:
+            self._give_piece(events)
+        self._searched = len(self._waiting)
+        return events
+
+    def _event(self, event: bytes, size: int) -> bytes:
+        """`size` leaves out the LF that may come late: what is too long must not depend on the chunks."""
+        return Piece(event) if self._in_pieces or size > self._max else event
+
+    def _give_piece(self, events: list[bytes]) -> None:
+        self._in_pieces = True
+        # A line end at the end stays: it may be the first half of the border.
+        size = len(self._waiting.rstrip(b"\r\n"))
+        if size:
+            events.append(Piece(self._waiting[:size]))
+            del self._waiting[:size]
 
 
 def data_of(event: bytes) -> bytes | None:
     """The data lines joined by a line feed; None for an event without any, such as a comment."""
-    if event.startswith(b"data: ") and event.endswith(b"\n\n") and event.find(b"\n") == len(event) - 2:
-        if b"\r" not in event:
+    if event.startswith(b"data: ") and event.find(b"\n") == len(event) - 2 and event.find(b"\r") < 0:
+        if event.endswith(b"\n") and not isinstance(event, Piece):
             return event[6:-2]
-    values = _values(event, b"data")
+    values = [event[start:end] for start, end in _spans(event, b"data")]
     return b"\n".join(values) if values else None
 
 
 def name_of(event: bytes) -> bytes | None:
     """The event's name, where it has one."""
-    values = _values(event, b"event")
-    return values[-1] if values else None
+    name = None
+    for start, end in _spans(event, b"event"):
+        name = event[start:end]
+    return name
 
 
 def is_done(event: bytes) -> bool:
@@ -82,67 +125,124 @@ def is_done(event: bytes) -> bool:
     return data is not None and data.strip() == b"[DONE]"
 
 
+def has_usage(event: bytes) -> bool:
+    """Whether the event may report usage: a search for the key, at any level."""
+    return b'"usage"' in event and not isinstance(event, Piece)
+
+
 def comment(text: str) -> bytes:
-    """A comment line, which clients skip."""
-    return b": %b\n\n" % text.encode()
+    """A comment, which clients skip."""
+    return b"".join(b": %b\n" % line for line in _LINE_END.split(text.encode())) + b"\n"
 
 
 def data_event(data: bytes, *, name: str | None = None) -> bytes:
-    """An event with these data, and a name."""
+    """An event with these data, and a name; data of several lines become several data lines."""
     head = b"" if name is None else b"event: %b\n" % name.encode()
-    return head + b"".join(b"data: %b\n" % line for line in _LINE.split(data)) + b"\n"
+    return head + b"".join(b"data: %b\n" % line for line in _LINE_END.split(data)) + b"\n"
 
 
 def add_to_usage(event: bytes, fields: Mapping[str, str]) -> bytes:
     """The event with `fields` at the end of its top-level "usage" object; all else stays byte for byte.
 
-    Unchanged where there is no such object.
+    Members of the same names give way. Unchanged where the data are no JSON object with such an object.
     """
-    place = _usage_end(event)
-    if place is None or not fields:
+    lines = list(_spans(event, b"data"))
+    data = b"\n".join([event[start:end] for start, end in lines])
+    usage = _usage(data)
+    if usage is None or not fields:
         return event
-    end, empty = place
-    added = ",".join(f'"{name}":"{value}"' for name, value in fields.items()).encode()
-    return event[:end] + (b"" if empty else b",") + added + event[end:]
+    members, close = usage
+    parts: list[bytes] = []
+    position = 0
+    for member in members:
+        if member.name in fields:
+            # Its line feeds stay, so that the data still have as many lines as the event.
+            parts += data[position : member.start], b"\n" * data.count(b"\n", member.start, member.end)
+            position = member.end
+    # A last member that gave way has left the comma of the one before it.
+    comma = b"," if members and members[-1].name not in fields else b""
+    added = json.dumps(dict(fields), separators=(",", ":")).encode()[1:-1]
+    parts += data[position:close], comma, added, data[close:]
+    return _replace(event, lines, b"".join(parts).split(b"\n"))
 
 
-def _values(event: bytes, field: bytes) -> list[bytes]:
-    values: list[bytes] = []
-    for line in _LINE.split(event.removeprefix(_BOM)):
-        if line.startswith(field):
-            rest = line[len(field) :]
-            if rest.startswith(b":"):
-                values.append(rest[2:] if rest.startswith(b": ") else rest[1:])
-            elif not rest:
-                values.append(b"")
-    return values
+def _spans(event: bytes, field: bytes) -> Iterator[tuple[int, int]]:
+    """Where the values of a field stand."""
+    if isinstance(event, Piece):
+        return
+    for line in _LINE.finditer(event, len(_BOM) if event.startswith(_BOM) else 0):
+        start, end = line.span()
+        if not event.startswith(field, start):
+            continue
+        start += len(field)
+        if start == end:
+            yield end, end
+        elif event[start] == _COLON:
+            start += 1
+            yield start + (start < end and event[start] == _SPACE), end
 
 
-def _usage_end(event: bytes) -> tuple[int, bool] | None:
-    """Where the top-level "usage" object closes, and whether it is empty: a walk over strings and brackets.
+def _replace(event: bytes, spans: list[tuple[int, int]], values: list[bytes]) -> bytes:
+    parts: list[bytes] = []
+    position = 0
+    for (start, end), value in zip(spans, values, strict=True):
+        parts += event[position:start], value
+        position = end
+    return b"".join([*parts, event[position:]])
 
-    The field names of the event (`data:`) and line ends between stand outside of strings and brackets, so the
-    walk passes over them.
-    """
-    depth = 0
-    wanted = False
-    inside: int | None = None
-    for token in _TOKEN.finditer(event):
-        text = token[0]
-        if text in (b"{", b"["):
-            if wanted and depth == 1 and text == b"{":
-                inside = token.end()
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    name: str
+    start: int
+    value: int
+    end: int
+    """After the comma, where one follows."""
+
+
+def _usage(data: bytes) -> tuple[list[_Member], int] | None:
+    """The members of the top-level "usage" object, and where it closes."""
+    try:
+        # What any client's decoder might still take counts as JSON: bad UTF-8, lone surrogates, NaN.
+        message = json.loads(data.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(message, dict) or not isinstance(message.get("usage"), dict):
+        return None
+    members, _ = _members(data, data.index(b"{"))
+    # Of two members with one name decoders take the last.
+    place = next(member.value for member in reversed(members) if member.name == "usage")
+    return _members(data, place)
+
+
+_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]:,]')
+
+
+def _members(data: bytes, start: int) -> tuple[list[_Member], int]:
+    """The members of the object that opens at or after `start` in valid JSON, and where it closes."""
+    members: list[_Member] = []
+    key: re.Match[bytes] | None = None
+    depth = value = 0
+    for token in _TOKEN.finditer(data, start):
+        mark = token[0][:1]
+        if mark in b"{[":
             depth += 1
-            wanted = False
-        elif text in (b"}", b"]"):
-            depth -= 1
-            if inside is not None and depth == 1:
-                empty = _BETWEEN.fullmatch(event[inside : token.start()]) is not None
-                return token.start(), empty
-        elif text.startswith(b'"'):
-            wanted = depth == 1 and inside is None and token[1] is not None and text == b'"usage"'
-    return None
+        elif depth == 1 and mark == b'"':
+            key = key or token
+        elif depth == 1 and mark == b":":
+            value = token.end()
+        elif mark in b",}]":
+            closes = mark != b","
+            if depth == 1 and key is not None:
+                end = token.start() if closes else token.end()
+                members.append(_Member(_text(key[0]), key.start(), value, end))
+                key = None
+            depth -= closes
+            if depth == 0:
+                return members, token.start()
+    raise AssertionError("valid JSON closes what it opens")
 
 
-_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"(?=(\s*(?:data:\s*)?:))?|[{}\[\]]', re.DOTALL)
-_BETWEEN = re.compile(rb"(?:\s|data:)*")
+def _text(string: bytes) -> str:
+    text: str = json.loads(string.decode("utf-8", "replace"))
+    return text
