@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except KeyboardInterrupt:
         return INTERRUPTED
+    except SystemExit as end:
+        # --help, --version, SIGTERM.
+        return DONE if end.code in (None, 0) else WRONG_USE
     except BrokenPipeError:
         # The reader of our output left. What is still buffered must not fail once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -184,6 +187,7 @@ def _port(text: str) -> int:
 
 def _demo(arguments: argparse.Namespace) -> int:
     from . import demo
+    from .serving import end_on_sigterm
 
     def announce(started: demo.Demo) -> None:
         _show(
@@ -193,7 +197,8 @@ def _demo(arguments: argparse.Namespace) -> int:
         )
 
     data_dir = _config(arguments).data_dir
-    asyncio.run(demo.run(data_dir, host=arguments.host, port=arguments.port, announce=announce))
+    with end_on_sigterm():
+        asyncio.run(demo.run(data_dir, host=arguments.host, port=arguments.port, announce=announce))
     return DONE
 
 
@@ -218,8 +223,6 @@ def _serve(arguments: argparse.Namespace) -> int:
             background=not arguments.no_background,
             announce=announce,
         )
-    except SystemExit as end:
-        return DONE if end.code in (None, 0) else WRONG_USE
     except MeteringUnavailable as error:
         raise _unreachable(config, error) from None
     return DONE

@@ -48,12 +48,12 @@ def serve(
     with listen(host, port) as listener:
         port = listener.getsockname()[1]
     with ExitStack() as stack:
+        stack.enter_context(end_on_sigterm())
         if config.redis.url is None:
             # Held while the workers run: they come and go, and the last user would stop the server.
             stack.enter_context(EmbeddedServer.start(config.data_dir))
         asyncio.run(_publish_prices(config))
         _leave_for_workers(path, background)
-        stack.enter_context(_quiet_end_on_sigterm())
         watch = threading.Thread(target=_announce_when_up, args=(host, port, announce), daemon=True)
         watch.start()
         uvicorn.run(
@@ -100,6 +100,20 @@ def listen_next(host: str, port: int) -> socket.socket:
 
 class PortBusy(ConfigError):
     """Somebody listens there already."""
+
+
+@contextmanager
+def end_on_sigterm() -> Iterator[None]:
+    """SIGTERM is an ordinary end, exit code 0, also while starting; uvicorn raises it again in the end."""
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(0)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def url_of(host: str, port: int) -> str:
@@ -212,20 +226,6 @@ def _leave_for_workers(path: Path | None, background: bool) -> None:
             os.environ.pop(variable, None)
         else:
             os.environ[variable] = value
-
-
-@contextmanager
-def _quiet_end_on_sigterm() -> Iterator[None]:
-    """uvicorn raises the signal that ended it once more; here that is an ordinary end, exit code 0."""
-
-    def end(number: int, frame: FrameType | None) -> NoReturn:
-        raise SystemExit(0)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _announce_when_up(host: str, port: int, announce: Callable[[str], None]) -> None:
