@@ -1,6 +1,7 @@
 """One admitted request: forward it, read the usage in the answer, end its hold once."""
 
 import asyncio
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -40,6 +41,8 @@ class Context:
     upstream: str | None
     path: str
     """The matched route below /v1."""
+    anthropic: bool = False
+    """Whether errors come in Anthropic's envelope."""
     sent: bool = True
     """Whether the request went upstream. An app that knows better sets it to False, and calls `mark_sent`."""
 
@@ -72,7 +75,12 @@ class Exchange:
         self.receive = receive
         self.send = send
         self.context = Context(
-            metered.hold.id, metered.hold.account, quote.upstream_model, quote.model.upstream, path
+            metered.hold.id,
+            metered.hold.account,
+            quote.upstream_model,
+            quote.model.upstream,
+            path,
+            quote.dialect.anthropic,
         )
         self._body = b""
         self._body_given = False
@@ -122,7 +130,7 @@ class Exchange:
             if not self._stopped:
                 await self._app_failed(error)
         else:
-            if self._kind == "none" and not self._stopped:
+            if self._kind == "none" and not (self._stopped or self._complete):
                 await self._answer_instead(UpstreamError("The application sent no answer."))
 
     def _inner_scope(self) -> Scope:
@@ -183,7 +191,11 @@ class Exchange:
         if not 200 <= status < 300:
             self._kind = "passed"
             await self._send_start(message, await self.metered.release(http=status))
-        elif _content_type(message) == b"text/event-stream":
+        elif _header(message, b"content-type") == b"text/event-stream":
+            if _coding(message) is not None:
+                await self._answer_instead(UpstreamError("The upstream compressed its stream."))
+                self._stop_app()
+                return
             self._kind = "stream"
             await self._send_start(message)
         else:
@@ -209,7 +221,8 @@ class Exchange:
 
     async def _answer_json(self, body: bytes) -> None:
         """Settles, then answers with exact headers and the body as it came."""
-        answer = Answer(body)
+        coding = _coding(self._start)
+        answer = Answer(body if coding is None else decoded(body, coding, MAX_BUFFERED_BYTES))
         if not answer.is_object:
             self._kind = "none"
             await self._answer_instead(
@@ -349,8 +362,26 @@ def _ours(name: bytes, also: Iterable[bytes] = (b"x-request-id",)) -> bool:
     return name.startswith(b"x-credits-") or name in also
 
 
-def _content_type(message: Message) -> bytes:
+def _coding(message: Message) -> bytes | None:
+    """The content coding of an answer, where it has one."""
+    coding = _header(message, b"content-encoding")
+    return None if coding in (b"", b"identity") else coding
+
+
+def _header(message: Message, wanted: bytes) -> bytes:
+    """A header's first value without parameters, in lower case; empty where it is missing."""
     for name, value in message["headers"]:
-        if name.lower() == b"content-type":
+        if name.lower() == wanted:
             return bytes(value).split(b";")[0].strip().lower()
     return b""
+
+
+def decoded(body: bytes, coding: bytes, limit: int) -> bytes:
+    """A compressed body in clear, at most `limit` bytes of it; empty for a coding that is not known."""
+    if coding not in (b"gzip", b"x-gzip", b"deflate"):
+        return b""
+    try:
+        # 32 more than the window: gzip and zlib are told apart by their heads.
+        return zlib.decompressobj(zlib.MAX_WBITS + 32).decompress(body, limit)
+    except zlib.error:
+        return b""

@@ -229,6 +229,8 @@ class Meter:
             )
         if self.rules.unpriced_features == "refuse":
             dialect.check_priced(body)
+        if dialect.free:
+            model = replace(model, free=True)
         return Quote(dialect, body, ask, model, table.version)
 
     async def reserve(self, payer: Payer, quote: Quote, *, body_bytes: int) -> "Metered":

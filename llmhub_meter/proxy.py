@@ -66,10 +66,18 @@ class _Proxy:
             return
         upstream = self._upstreams.get(context.upstream or "")
         if upstream is None:
-            await send_error(send, UpstreamError(f"There is no upstream for the model {context.model!r}."))
+            error = UpstreamError(f"There is no upstream for the model {context.model!r}.")
+            await send_error(send, error, anthropic=context.anthropic)
             return
         context.sent = False
-        await upstream.forward(scope, receive, send, path=context.path, on_sent=context.mark_sent)
+        await upstream.forward(
+            scope,
+            receive,
+            send,
+            path=context.path,
+            on_sent=context.mark_sent,
+            anthropic=context.anthropic,
+        )
 
 
 def _pages(meter: Meter, upstreams: Mapping[str, Upstream]) -> Starlette:

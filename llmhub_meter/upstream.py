@@ -67,14 +67,21 @@ class Upstream:
         self._url = lru_cache(maxsize=64)(self._join)
 
     async def forward(
-        self, scope: Scope, receive: Receive, send: Send, *, path: str, on_sent: Callable[[], None]
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        *,
+        path: str,
+        on_sent: Callable[[], None],
+        anthropic: bool = False,
     ) -> None:
         """Send the request to `path` below the base URL and pass the answer on, piece by piece.
 
         `path` comes from the matched route, never from the client. `on_sent` is called once, when the
         request goes out on a connected upstream. A client that goes away ends the upstream call, and
         this returns. Failures before the answer are answered as 502 or 504; later ones raise
-        `UpstreamBroken`.
+        `UpstreamBroken`. With `anthropic` our own errors come in that API's envelope.
         """
         client = _Client(receive)
         body = await client.read_body()
@@ -90,7 +97,7 @@ class Upstream:
         )
         client.watch()
         try:
-            await self._exchange(request, client, send, departure)
+            await self._exchange(request, client, send, departure, anthropic)
         except _ClientGone:
             pass
         finally:
@@ -101,18 +108,23 @@ class Upstream:
         await self._transport.aclose()
 
     async def _exchange(
-        self, request: httpx.Request, client: "_Client", send: Send, departure: "_Departure"
+        self,
+        request: httpx.Request,
+        client: "_Client",
+        send: Send,
+        departure: "_Departure",
+        anthropic: bool,
     ) -> None:
         try:
             with client.interruptible():
                 response = await self._answer(request)
         except UpstreamError as error:
-            await send_error(send, error)
+            await send_error(send, error, anthropic=anthropic)
             return
         departure.mark()
         try:
             if refusal := self._refusal(response.status_code):
-                await send_error(send, refusal)
+                await send_error(send, refusal, anthropic=anthropic)
             else:
                 await _relay(response, client, send)
         finally:

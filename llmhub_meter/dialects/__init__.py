@@ -8,7 +8,11 @@ from .chat import Chat
 from .completions import Completions
 from .embeddings import Embeddings
 from .images import Images
+from .messages import CountTokens, Messages
+from .moderations import Moderations
 from .reported import Reported
+from .rerank import Rerank
+from .responses import InputTokens, Responses
 
 __all__ = [
     "DIALECTS",
@@ -23,7 +27,18 @@ __all__ = [
     "misspelled",
 ]
 
-DIALECTS: tuple[Dialect, ...] = (Chat(), Completions(), Embeddings(), Images())
+DIALECTS: tuple[Dialect, ...] = (
+    Chat(),
+    Completions(),
+    CountTokens(),
+    Embeddings(),
+    Images(),
+    InputTokens(),
+    Messages(),
+    Moderations(),
+    Rerank(),
+    Responses(),
+)
 
 UNMETERED_YET = (
     "/audio/speech",
@@ -31,10 +46,6 @@ UNMETERED_YET = (
     "/audio/translations",
     "/images/edits",
     "/images/variations",
-    "/messages",
-    "/moderations",
-    "/rerank",
-    "/responses",
 )
 """Calls that cost money upstream and have no dialect yet: refused, never free."""
 

@@ -168,8 +168,11 @@ class StreamReader:
         return self.take(message)
 
     def take(self, message: dict[str, Any]) -> EventKind:
-        """One event's JSON object."""
-        raise NotImplementedError
+        """One event's JSON object; this much is said in every dialect."""
+        if message.get("error"):
+            self.failed = True
+        self.report(message.get("usage"))
+        return "pass"
 
     def report(self, usage: object) -> bool:
         """Keeps a usage object; the last word wins, unless it says nothing. False for what is none."""
@@ -195,6 +198,8 @@ class Dialect:
     """Body fields that limit the output."""
     asks_for_usage: ClassVar[bool] = False
     """Whether streams report usage only where `stream_options.include_usage` asks for it."""
+    free: ClassVar[bool] = False
+    """Whether a call costs nothing, whatever its model costs."""
     anthropic: ClassVar[bool] = False
     """Whether errors come in Anthropic's envelope."""
     reader: ClassVar[type[StreamReader]] = StreamReader
@@ -314,6 +319,41 @@ def refuse_state(body: Body, fields: Sequence[str]) -> None:
             raise UnsupportedState(
                 f"{name!r} is not available here: it refers to state kept at the provider.", param=name
             )
+
+
+def refuse_references(value: object, names: frozenset[str], param: str) -> None:
+    """The same for references anywhere inside a part of the body."""
+    waiting = [value]
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, dict):
+            for name in names:
+                if isinstance(found.get(name), str | list) and found[name]:
+                    raise UnsupportedState(
+                        f"{name!r} is not available here: it refers to state kept at the provider. "
+                        "Send the data instead.",
+                        param=param,
+                    )
+            if found.get("type") == "item_reference":
+                raise UnsupportedState(
+                    "'item_reference' is not available here: it refers to state kept at the provider.",
+                    param=param,
+                )
+            waiting += (inner for name, inner in found.items() if name not in _OWN_WORDS)
+        elif isinstance(found, list):
+            waiting += found
+
+
+_OWN_WORDS = frozenset({"parameters", "input_schema", "schema", "input", "arguments"})
+"""Where a client's own names stand: schemas and arguments of its functions."""
+
+
+def hosted_tools(body: Body) -> Iterator[str]:
+    """The tools that the provider runs itself, at a price of its own."""
+    tools = body.get("tools")
+    for index, tool in enumerate(tools if isinstance(tools, list) else []):
+        if isinstance(tool, dict) and tool.get("type", "function") not in ("function", "custom"):
+            yield f"tools[{index}]"
 
 
 def texts_in(value: object) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from ..errors import InvalidRequest, UnsupportedState
+from ..errors import InvalidRequest
 from ..tokens import chat_text
 from .base import (
     MAX_CHOICES,
@@ -15,8 +15,10 @@ from .base import (
     Prompt,
     StreamReader,
     flag,
+    hosted_tools,
     maximum,
     read_bare,
+    refuse_references,
     required_text,
     texts_in,
     whole,
@@ -59,7 +61,7 @@ class Chat(Dialect):
     def ask(self, body: Body) -> Ask:
         if not isinstance(body.get("messages"), list):
             raise InvalidRequest("'messages' is missing or not a list.", param="messages")
-        _refuse_file_ids(body["messages"])
+        refuse_references(body["messages"], frozenset({"file_id"}), "messages")
         limit, fields = maximum(body, self.maximum_fields)
         return Ask(
             model=required_text(body, "model"),
@@ -79,7 +81,7 @@ class Chat(Dialect):
             response_format=body.get("response_format"),
             model=model,
         )
-        tools = sum(1 for _ in _hosted_tools(body)) + (body.get("web_search_options") is not None)
+        tools = sum(1 for _ in hosted_tools(body)) + (body.get("web_search_options") is not None)
         return Prompt(found.pieces, found.overhead, found.images, found.files, found.audio, tools)
 
     def unpriced(self, body: Body) -> Iterator[str]:
@@ -90,7 +92,7 @@ class Chat(Dialect):
         )
         # `models` and `plugins` are OpenRouter's: a dearer fallback model, a paid web search.
         yield from (name for name in ("enable_search", "models", "plugins") if body.get(name))
-        yield from _hosted_tools(body)
+        yield from hosted_tools(body)
 
     def output(self, answer: Body) -> Output:
         output = Output()
@@ -134,23 +136,3 @@ def _read_call(output: Output, place: tuple[object, ...], function: object) -> N
     if isinstance(function, dict):
         output.add((*place, "name"), function.get("name"))
         output.add((*place, "arguments"), function.get("arguments"))
-
-
-def _hosted_tools(body: Body) -> Iterator[str]:
-    tools = body.get("tools")
-    for index, tool in enumerate(tools if isinstance(tools, list) else []):
-        if isinstance(tool, dict) and tool.get("type", "function") not in ("function", "custom"):
-            yield f"tools[{index}]"
-
-
-def _refuse_file_ids(messages: list[object]) -> None:
-    for message in messages:
-        content = message.get("content") if isinstance(message, dict) else None
-        for part in content if isinstance(content, list) else []:
-            file = part.get("file") if isinstance(part, dict) else None
-            if isinstance(file, dict) and file.get("file_id"):
-                raise UnsupportedState(
-                    "'file_id' is not available here: it refers to state kept at the provider. "
-                    "Send the file's data instead.",
-                    param="messages",
-                )

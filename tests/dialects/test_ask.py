@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmhub_meter import dialects
@@ -30,6 +30,8 @@ PLAIN: dict[Dialect, dict[str, Any]] = {
 }
 every = pytest.mark.parametrize("of", PLAIN, ids=lambda of: of.name)
 MISSING = object()
+# A busy machine draws nested values slowly at first.
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def body(of: Dialect, **changes: object) -> dict[str, Any]:
@@ -333,6 +335,7 @@ values = st.recursive(
 )
 
 
+@patient
 @given(st.sampled_from(list(PLAIN)), st.dictionaries(names, values))
 def test_any_body_is_read_or_refused(of: Dialect, changes: dict[str, Any]) -> None:
     request = body(of, **changes)
@@ -445,6 +448,7 @@ def test_other_paths_are_the_apps_own(path: str) -> None:
     assert not dialects.misspelled(path)
 
 
+@patient
 @given(st.text(st.sampled_from("/.%2fF;\\v1chat Ⅴ"), max_size=30) | st.text())
 def test_no_path_raises(path: str) -> None:
     assert not (dialects.misspelled(path) and dialects.find(path))

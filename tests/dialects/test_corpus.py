@@ -12,7 +12,9 @@ from llmhub_meter.dialects.reported import Reported
 from llmhub_meter.sse import EventSplitter
 
 WIRE = Path(__file__).parents[1] / "data" / "wire"
-DIALECT_OF = {f"openai.{dialect.name}": dialect for dialect in DIALECTS}
+DIALECT_OF = {f"openai.{dialect.name}": dialect for dialect in DIALECTS} | {
+    {"messages": "anthropic.messages"}.get(dialect.name, dialect.name): dialect for dialect in DIALECTS
+}
 
 # Parts larger than their whole, which no total explains: dropped, so that they are charged as the plain kind.
 NONSENSE = {

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from hub import MODELS, chunk
-from hypothesis import example, given
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from llmhub_meter import dialects
@@ -22,6 +22,8 @@ from llmhub_meter.types import Usage
 
 CARD = {**MODELS, "m-nocache": {"type": "chat", "input_per_1k": 30, "output_per_1k": 120}}
 TABLE = PriceTable.from_config(parse_models(CARD, "test"))
+# A busy machine draws nested values slowly at first.
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 USAGE = {"prompt_tokens": 1000, "completion_tokens": 500, "total_tokens": 1500}
 
 
@@ -101,6 +103,7 @@ def check(usage: Usage) -> None:
     assert max(usage.reasoning_tokens, usage.audio_completion_tokens) <= usage.completion_tokens
 
 
+@patient
 @given(objects)
 @example({"prompt_tokens": 5, "cached_tokens": 3, "cache_write_tokens": 3})
 @example({"input_tokens": 1, "cache_read_input_tokens": MAX_COUNT, "cache_creation_input_tokens": MAX_COUNT})
@@ -111,6 +114,7 @@ def test_no_usage_raises_and_details_stay_in_their_totals(usage: dict[str, Any])
         assert cost(reported.usage, model) >= 0
 
 
+@patient
 @given(usages)
 def test_what_is_certain_is_never_charged_less(usage: dict[str, Any]) -> None:
     reported = Reported.read(usage)
@@ -123,6 +127,7 @@ def test_what_is_certain_is_never_charged_less(usage: dict[str, Any]) -> None:
             assert total >= stated
 
 
+@patient
 @given(
     values
     | st.dictionaries(st.sampled_from(["usage", "x_groq", "model", "error", "choices", "data"]), values)
@@ -140,6 +145,7 @@ def test_no_answer_and_no_event_raises(answer: Any) -> None:
             assert reader.readable == isinstance(answer, dict)
 
 
+@patient
 @given(st.binary())
 @example(b'{"usage":' + b"[" * 100_000)
 @example(b"\xff{}")
