@@ -143,6 +143,24 @@ async def test_a_wallet_that_no_list_names(scripts: Scripts, wallet: Wallet) -> 
     ]
 
 
+async def test_a_bare_wallet_that_no_list_names(scripts: Scripts, wallet: Wallet) -> None:
+    place = f"place among the accounts of partition {keys.partition('ghost')}"
+    await scripts.command("HSET", keys.wallet("ghost"), "balance", 5)
+    await scripts.command("HSET", keys.wallet("other:ghost"), "balance", 0)
+    report = await audit(scripts)
+    assert Finding("ghost", place, "listed", "missing") in report.findings
+    assert (report.differences, {finding.account for finding in report.findings}) == (
+        2,
+        {"ghost", "other:ghost"},
+    )
+
+
+async def test_a_listed_account_without_a_wallet(scripts: Scripts, wallet: Wallet) -> None:
+    await scripts.command("SADD", keys.accounts(NUMBER), "ghost")
+    report = await audit(scripts)
+    assert report.findings == [Finding("ghost", "wallet", "there", "missing")]
+
+
 async def test_refunds_beyond_the_charge(scripts: Scripts, wallet: Wallet) -> None:
     request = keys.new_request_id("alice")
     await wallet.settle(request, "alice", 10, {})
