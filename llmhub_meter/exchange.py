@@ -13,6 +13,7 @@ from .meter import Meter, Metered, Receipt
 from .money import credits
 from .replies import ASGIApp, Message, Receive, Scope, Send, send_error
 from .streams import StreamRelay
+from .types import Usage
 
 Header = tuple[bytes, bytes]
 
@@ -84,7 +85,7 @@ class Exchange:
         )
         self._body = b""
         self._body_given = False
-        self._kind: Literal["none", "passed", "json", "large", "stream"] = "none"
+        self._kind: Literal["none", "passed", "json", "large", "binary", "stream"] = "none"
         self._start: Message = {}
         self._parts: list[bytes] = []
         self._size = 0
@@ -199,7 +200,7 @@ class Exchange:
             self._kind = "stream"
             await self._send_start(message)
         else:
-            self._kind = "json"
+            self._kind = "binary" if self.metered.quote.dialect.binary else "json"
             self._start = message
 
     async def _take_body(self, data: bytes, more: bool) -> None:
@@ -216,6 +217,8 @@ class Exchange:
                 await self._pass_large(b"".join(self._parts), more)
         elif self._kind == "large":
             await self._pass_large(data, more)
+        elif self._kind == "binary":
+            await self._begin_binary(data, more)
         else:
             await self._send_body(data, more)
 
@@ -243,6 +246,20 @@ class Exchange:
         usage = dialect.measure(usage, metered.quote.ask, answer)
         model = answer.head.model
         return await metered.settle(usage, model=model if isinstance(model, str) else None)
+
+    async def _begin_binary(self, data: bytes, more: bool) -> None:
+        """Settles at the first byte: what is charged is known, and nothing has to wait for the end."""
+        if not data and more:
+            return
+        metered = self.metered
+        if data:
+            usage = metered.quote.dialect.measure(Usage(), metered.quote.ask, Answer(b"{}"))
+            receipt = await metered.settle(usage)
+        else:
+            receipt = await metered.release(http=self._start["status"])
+        self._kind = "passed"
+        await self._send_start(self._start, receipt)
+        await self._send_body(data, more)
 
     async def _pass_large(self, data: bytes, more: bool) -> None:
         self._parts = [b"".join([*self._parts, data])[-TAIL_BYTES:]]
@@ -286,7 +303,7 @@ class Exchange:
 
     async def _app_failed(self, error: Exception) -> None:
         """The app raised. Before its answer began the client gets an error; later the break goes on to it."""
-        if self._kind in ("none", "json"):
+        if self._kind in ("none", "json", "binary"):
             instead = (
                 error if isinstance(error, ApiError) else ApiError("The server failed. Nothing was charged.")
             )

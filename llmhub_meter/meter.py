@@ -223,9 +223,11 @@ class Meter:
         ask = dialect.ask(body)
         table = self.prices.table
         model = self._find(table, ask.model, dialect)
-        if model.type not in dialect.types:
+        if model.type not in dialect.types or not any(model.has_price_for(unit) for unit in dialect.units):
             raise InvalidRequest(
-                f"The model {ask.model!r} is of type {model.type}; it can't be used here.", param="model"
+                f"The model {ask.model[:200]!r} is of type {model.type}, priced per {model.unit}; "
+                "it can't be used here.",
+                param="model",
             )
         if self.rules.unpriced_features == "refuse":
             dialect.check_priced(body)

@@ -18,6 +18,8 @@ EXTRA: dict[str, dict[str, Any]] = {
         "max_output_tokens": 64000,
     },
     "m-mod": {"type": "moderation", "input_per_1k": 10},
+    "m-speak": {"type": "audio", "per_1k_characters": 1500},
+    "m-listen": {"type": "audio", "per_minute": 550},
     "m-rank": {"type": "rerank", "input_per_1k": 10},
 }
 
@@ -255,3 +257,24 @@ def test_a_compressed_answer_is_read_and_passed_on_as_it_came(site: Hub, coding:
         assert b"".join(answer.iter_raw()) == body
     assert answer.headers["x-credits-used"] == "90"
     assert answer.headers["content-encoding"] == coding
+
+
+def test_speech_is_charged_by_its_characters(site: Hub) -> None:
+    sound = bytes(range(256)) * 100
+    site.upstream.bytes(sound, 200, {"content-type": "audio/mpeg"})
+    answer = site.post("/v1/audio/speech", model="m-speak", input="Grüße!", voice="alloy")
+    assert answer.content == sound
+    assert answer.headers["content-type"] == "audio/mpeg"
+    assert (answer.headers["x-credits-used"], answer.headers["x-credits-remaining"]) == ("9", "99991")
+    site.upstream.bytes(b"", 200, {"content-type": "audio/mpeg"})
+    silent = site.post("/v1/audio/speech", model="m-speak", input="Grüße!", voice="alloy")
+    assert (silent.status_code, silent.headers["x-credits-used"]) == (200, "0")
+    site.upstream.json({"error": {"message": "no"}}, 500)
+    failed = site.post("/v1/audio/speech", model="m-speak", input="Grüße!", voice="alloy")
+    assert (failed.status_code, failed.headers["x-credits-used"]) == (500, "0")
+
+
+def test_a_model_priced_in_another_unit_is_not_served(site: Hub) -> None:
+    answer = site.post("/v1/audio/speech", model="m-listen", input="hello", voice="alloy")
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "model"

@@ -13,6 +13,7 @@ from .moderations import Moderations
 from .reported import Reported
 from .rerank import Rerank
 from .responses import InputTokens, Responses
+from .speech import Speech
 
 __all__ = [
     "DIALECTS",
@@ -38,10 +39,10 @@ DIALECTS: tuple[Dialect, ...] = (
     Moderations(),
     Rerank(),
     Responses(),
+    Speech(),
 )
 
 UNMETERED_YET = (
-    "/audio/speech",
     "/audio/transcriptions",
     "/audio/translations",
     "/images/edits",

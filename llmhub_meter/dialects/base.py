@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 import msgspec
 
 from .. import sse
+from ..config import Unit
 from ..errors import ApiError, InvalidRequest, UnsupportedParameter, UnsupportedState
 from ..replies import error_json
 from ..types import Usage
@@ -192,6 +193,8 @@ class Dialect:
     """Below /v1."""
     types: ClassVar[frozenset[str]]
     """Model types that may be asked for here."""
+    units: ClassVar[frozenset[Unit]] = frozenset({"1K tokens"})
+    """Units in which a model has to be priced to be asked for here."""
     money_keys: ClassVar[frozenset[str]] = frozenset({"model", "stream", "n", "service_tier"})
     """Keys of the body that decide money: once, at top level, in exact spelling."""
     maximum_fields: ClassVar[tuple[str, ...]] = ()
@@ -200,6 +203,8 @@ class Dialect:
     """Whether streams report usage only where `stream_options.include_usage` asks for it."""
     free: ClassVar[bool] = False
     """Whether a call costs nothing, whatever its model costs."""
+    binary: ClassVar[bool] = False
+    """Whether a success is no JSON, and its use is known from the request."""
     anthropic: ClassVar[bool] = False
     """Whether errors come in Anthropic's envelope."""
     reader: ClassVar[type[StreamReader]] = StreamReader

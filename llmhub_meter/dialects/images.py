@@ -45,6 +45,7 @@ class Images(Dialect):
     name = "images"
     paths = ("/images/generations",)
     types = frozenset({"image"})
+    units = frozenset({"1K tokens", "generation"})
     money_keys = Dialect.money_keys | {"size", "quality", "partial_images"}
     reader = ImagesReader
 
