@@ -127,8 +127,9 @@ class Wallet:
 
         Raises MeteringUnavailable, also where the account is gone: then Redis has lost its data.
         """
-        if charge < 0:
-            raise ValueError("a charge is never negative")
+        # Redis would refuse to add what passes 64 bits, in the middle of the script.
+        if not 0 <= charge <= MAX_TICKS:
+            raise ValueError(f"a charge is 0 to {MAX_TICKS} ticks, not {charge}")
         answer = await self._scripts.call(
             "settle", [keys.wallet(account)], [request, account, charge, _json(record)]
         )

@@ -474,11 +474,14 @@ async def test_a_settle_of_no_account_makes_none(wallet: Wallet, audited: Script
     assert await wallet.figures(ALICE) == Figures(500, 0)
 
 
-async def test_a_negative_charge_is_impossible(wallet: Wallet, audited: Scripts) -> None:
+@pytest.mark.parametrize("charge", [-1, MAX_TICKS + 1, 2**63, 10**30])
+async def test_a_charge_beyond_all_bounds_is_impossible(
+    wallet: Wallet, audited: Scripts, charge: int
+) -> None:
     await open_account(audited, 1_000)
     hold = await take(wallet, 100)
-    with pytest.raises(ValueError, match="never negative"):
-        await wallet.settle(hold.id, ALICE, -1, {})
+    with pytest.raises(ValueError, match="a charge is 0 to 9000000000000000 ticks"):
+        await wallet.settle(hold.id, ALICE, charge, {})
     assert await wallet.figures(ALICE) == Figures(1_000, 100)
 
 
