@@ -102,9 +102,11 @@ class EventSplitter:
 
 def data_of(event: bytes) -> bytes | None:
     """The data lines joined by a line feed; None for an event without any, such as a comment."""
-    if event.startswith(b"data: ") and event.find(b"\n") == len(event) - 2 and event.find(b"\r") < 0:
-        if event.endswith(b"\n") and not isinstance(event, Piece):
-            return event[6:-2]
+    # Nearly all events are one data line, or a name and one data line.
+    start = event.find(b"\n") + 1 if event.startswith(b"event: ") else 0
+    if event.startswith(b"data: ", start) and event.find(b"\n", start) == len(event) - 2:
+        if event.endswith(b"\n") and event.find(b"\r") < 0 and not isinstance(event, Piece):
+            return event[start + 6 : -2]
     values = [event[start:end] for start, end in _spans(event, b"data")]
     return b"\n".join(values) if values else None
 
@@ -244,5 +246,5 @@ def _members(data: bytes, start: int) -> tuple[list[_Member], int]:
 
 
 def _text(string: bytes) -> str:
-    text: str = json.loads(string.decode("utf-8", "replace"))
-    return text
+    text = string.decode("utf-8", "replace")
+    return str(json.loads(text)) if "\\" in text else text[1:-1]

@@ -19,6 +19,7 @@ FIELDS = {"credits_used": "175", "credits_remaining": "94825.5"}
 line_ends = st.sampled_from([b"\n", b"\r\n", b"\r"])
 lines = st.sampled_from(
     [
+        *(b"data: a", b"data: a", b"event: b"),
         *(b"", b"", b"", b":", b": PROCESSING", b"data", b"data:", b"data: ", b"data:  x", b"data:[DONE]"),
         *(
             b"event: a",
@@ -221,6 +222,7 @@ def test_a_long_event_in_small_chunks_is_searched_once(monkeypatch: pytest.Monke
         (b"data: a\r\r", b"a", None),
         (b"data: a\r\n\n", b"a", None),
         (b"data: a", b"a", None),
+        (b"data: a\nx", b"a", None),
         (BOM + b"data: a\n\n", b"a", None),
         (b"\ndata: a\n\n", b"a", None),
         (b"data: a\ndata:b\rdata\r\ndata: c\n\n", b"a\nb\n\nc", None),
@@ -229,6 +231,11 @@ def test_a_long_event_in_small_chunks_is_searched_once(monkeypatch: pytest.Monke
         (b"data\n\n", b"", None),
         (b"event: first\nevent: last\ndata: a\n\n", b"a", b"last"),
         (b"data: a\nevent:b\n\n", b"a", b"b"),
+        (b"event: b\ndata: a\n\n", b"a", b"b"),
+        (b"event: b\ndata: a\r\n\n", b"a", b"b"),
+        (b"event: b\rdata: a\ndata: c\n\n", b"a\nc", b"b"),
+        (b"event: b\ndata: a\ndata: c\n\n", b"a\nc", b"b"),
+        (b"data:a\ndata: b\n\n", b"a\nb", None),
         (b"event: ping\n\n", None, b"ping"),
         (b": comment\n\n", None, None),
         (b":\n\n", None, None),
