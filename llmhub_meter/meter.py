@@ -48,6 +48,8 @@ RICH = 100
 """An account with so many times the input's bound is not worth counting tokens for."""
 DEFAULT_OUTPUT_TOKENS = 16_384
 """Set aside for an answer without any maximum, the client's or the model's."""
+MAX_MODEL_NAME = 200
+"""Characters of a model's name that the table does not know, or that an answer gives."""
 IMAGE_OUTPUT_TOKENS = 6_500
 """Output of one image of a model priced by tokens and without a maximum: above the largest documented."""
 
@@ -325,6 +327,9 @@ class Meter:
 
     def _find(self, table: PriceTable, name: str, dialect: Dialect) -> Model:
         model = table.find(name)
+        if model is None and not (len(name) <= MAX_MODEL_NAME and name.isprintable()):
+            # Lone surrogates could not be recorded.
+            raise ModelNotFound("The model does not exist: its name can't be one.", param="model")
         if model is None and self.rules.unknown_models == "free":
             return Model(name, type=sorted(dialect.types)[0], free=True, unit="1K tokens")  # type: ignore[arg-type]
         if model is None and self.rules.unknown_models != "refuse":
@@ -531,7 +536,7 @@ class Metered:
         if quote.ask.stream:
             record["stream"] = True
         if model and model != quote.ask.model:
-            record["answered_by"] = model
+            record["answered_by"] = model[:MAX_MODEL_NAME].encode("utf-8", "replace").decode()
         if usage is not None:
             record["tokens"] = usage.tokens()
             record["lines"] = [[line.kind, str(line.quantity), line.price, line.per] for line in charge.lines]

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from .dialects import Dialect
+from .dialects.base import UNREADABLE
 from .errors import BodyTooLarge, InvalidRequest
 from .meter import Metered
 from .replies import Receive, Scope
@@ -44,7 +45,7 @@ def parse(body: bytes, dialect: Dialect) -> dict[str, Any]:
     """
     try:
         parsed = msgspec.json.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         parsed = _parse_slowly(body)
     if not isinstance(parsed, dict):
         raise InvalidRequest("The request body must be a JSON object.")
@@ -91,7 +92,7 @@ def _changes(metered: Metered, token_field: str, rewrite_model: bool) -> dict[st
 def _raw(body: bytes, given: Mapping[str, object]) -> Mapping[str, object]:
     try:
         return _decode_raw(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except UNREADABLE:
         return given
 
 
@@ -102,7 +103,8 @@ def _parse_slowly(body: bytes) -> Any:
         raise ValueError(f"{name} is no JSON")
 
     try:
-        return json.loads(body, parse_constant=refuse)
+        # As text: of bytes it would take UTF-16 too, in which no key is found twice.
+        return json.loads(body.decode("utf-8-sig"), parse_constant=refuse)
     except (ValueError, RecursionError):
         raise InvalidRequest("The request body is not valid JSON.") from None
 

@@ -82,6 +82,7 @@ class Output:
             return
         self.seen = True
         if text:
+            place = tuple(part if isinstance(part, str | int) else None for part in place)
             self.texts.setdefault(place, []).append(text)
             self.fresh.append((place, text))
             self.fresh_bytes += len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
@@ -361,16 +362,21 @@ def hosted_tools(body: Body) -> Iterator[str]:
             yield f"tools[{index}]"
 
 
+_TEXT_FIELDS = ("transcript", "thinking", "refusal", "content", "text")
+"""The last is read first."""
+
+
 def texts_in(value: object) -> Iterator[str]:
     """Every text in a content of any shape: a string, or parts with text in them."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from texts_in(part)
-    elif isinstance(value, dict):
-        for name in ("text", "content", "refusal", "thinking", "transcript"):
-            yield from texts_in(value.get(name))
+    unread = [value]
+    while unread:
+        found = unread.pop()
+        if isinstance(found, str):
+            yield found
+        elif isinstance(found, list | tuple):
+            unread.extend(reversed(found))
+        elif isinstance(found, dict):
+            unread.extend(found.get(name) for name in _TEXT_FIELDS)
 
 
 def read_bare(output: Output, message: Mapping[str, Any]) -> None:

@@ -65,15 +65,19 @@ class Completions(Dialect):
 
 def text_or_tokens(value: object) -> Prompt:
     """A text, texts, a list of tokens, or several such lists: tokens count as themselves."""
-    if isinstance(value, str):
-        return Prompt((value,))
-    if not isinstance(value, list):
-        return Prompt()
-    if _is_tokens(value):
-        return Prompt(overhead=len(value))
-    parts = [text_or_tokens(item) for item in value]
-    pieces = tuple(piece for part in parts for piece in part.pieces)
-    return Prompt(pieces, sum(part.overhead for part in parts))
+    pieces: list[str] = []
+    tokens = 0
+    unread = [value]
+    while unread:
+        found = unread.pop()
+        if isinstance(found, str):
+            pieces.append(found)
+        elif isinstance(found, list):
+            if _is_tokens(found):
+                tokens += len(found)
+            else:
+                unread.extend(reversed(found))
+    return Prompt(tuple(pieces), tokens)
 
 
 def _is_tokens(value: list[object]) -> bool:

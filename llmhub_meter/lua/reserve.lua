@@ -57,7 +57,9 @@ if ARGV[11] == "paid" then
   end
   if balance <= 0 then return answer("insufficient", "0", "0") end
   local free = balance - held
-  if free < tonumber(ARGV[9]) then return answer("count", "0", "0") end
+  local rich = tonumber(ARGV[9])
+  -- Holds above the balance leave less than nothing, for which an exact input must not be counted again.
+  if rich > 0 and free < rich then return answer("count", "0", "0") end
   -- Rounding up the cost of units must not lift it above what is there.
   if rate > 0 then
     local affordable = math.floor((free - fixed) * 1000 / rate)

@@ -1,0 +1,124 @@
+"""What a reviewer broke once: odd JSON in requests and answers, races at the end of a stream."""
+
+import json
+from collections.abc import Iterator
+
+import pytest
+from hub import DONE, Hub, chat_answer, chunk, hub, usage
+
+MESSAGES = '"messages":[{"role":"user","content":"hi"}]'
+
+
+@pytest.fixture
+def site(redis_url: str) -> Iterator[Hub]:
+    with hub(redis_url) as running:
+        running.upstream.json(chat_answer(usage=usage(1000, 500)))
+        yield running
+
+
+def test_a_body_in_utf16_can_not_say_a_key_twice(site: Hub) -> None:
+    body = f'{{"model":"m-chat",{MESSAGES},"model":"m-free"}}'
+    for coding in ("utf-16", "utf-16-le", "utf-32"):
+        assert site.client.post("/v1/chat/completions", content=body.encode(coding)).status_code == 400
+    assert not site.upstream.seen
+
+
+@pytest.mark.parametrize("depth", [100, 600, 900])
+@pytest.mark.parametrize("field", ["input", "prompt", "documents"])
+def test_deep_nesting_is_no_failure(site: Hub, depth: int, field: str) -> None:
+    nested = "[" * depth + '"x"' + "]" * depth
+    path, model = {
+        "input": ("/v1/embeddings", "m-embed"),
+        "prompt": ("/v1/completions", "m-text"),
+        "documents": ("/v1/rerank", "m-embed"),
+    }[field]
+    body = f'{{"model":"{model}","query":"q","{field}":{nested}}}'
+    answer = site.client.post(path, content=body.encode())
+    assert answer.status_code in (200, 400)
+
+
+def test_a_lone_surrogate_as_the_answers_model_is_charged(site: Hub) -> None:
+    site.upstream.json(chat_answer(usage=usage(1000, 500), model="m\ud800" + "x" * 1000))
+    answer = site.chat()
+    assert answer.status_code == 200
+    assert answer.headers["x-credits-used"] == "90"
+    assert site.record(answer)["answered_by"].startswith("m?xx")
+    site.upstream.stream(chunk("hi", model="\ud800"), chunk(usage=usage(1000, 500), model="\ud800"), DONE)
+    streamed = site.chat(stream=True)
+    assert site.record(streamed)["credits"] == "90"
+
+
+@pytest.mark.parametrize("name", ["m\ud800", "m\0", "m" * 201, "m\n"])
+def test_an_unknown_models_name_that_can_be_none(redis_url: str, name: str) -> None:
+    with hub(redis_url, metering={"unknown_models": "free"}) as site:
+        site.upstream.json(chat_answer(usage=usage(1000, 500)))
+        body = {"model": name, "messages": [{"role": "user", "content": "hi"}]}
+        answer = site.client.post("/v1/chat/completions", content=json.dumps(body).encode())
+        assert answer.status_code == 404
+        assert answer.json()["error"]["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize("name", ["m-new preview", "größer/中文:free", 'm\' "quoted"'])
+def test_an_unknown_model_of_any_printable_name(redis_url: str, name: str) -> None:
+    with hub(redis_url, metering={"unknown_models": "m-chat"}) as site:
+        site.upstream.json(chat_answer(usage=usage(1000, 500)))
+        answer = site.chat(name)
+        assert answer.status_code == 200
+        assert answer.headers["x-credits-used"] == "90"
+        assert site.record(answer)["model"] == name
+        assert site.upstream.seen[0].body["model"] == name
+
+
+@pytest.mark.parametrize("index", [[], {}, [[1]], None, 1.5, "x", True])
+def test_places_of_any_kind_in_chunks(site: Hub, index: object) -> None:
+    choice = {
+        "index": index,
+        "delta": {"content": "hi", "tool_calls": [{"index": index, "function": {"name": "f"}}]},
+    }
+    pieces = [chunk(choices=[choice]), chunk(usage=usage(1000, 500)), DONE]
+    site.upstream.stream(*pieces)
+    answer = site.chat(stream=True)
+    assert answer.content.startswith(pieces[0])
+    assert site.record(answer)["credits"] == "90"
+    event = {
+        "type": "response.output_text.delta",
+        "output_index": index,
+        "content_index": index,
+        "delta": "hi",
+    }
+    site.upstream.stream(b"data: " + json.dumps(event).encode() + b"\n\n")
+    answer = site.post("/v1/responses", model="m-chat", input="hi", stream=True)
+    assert site.record(answer)["tokens"]["completion_tokens"] == 1
+    event = {"type": "content_block_delta", "index": index, "delta": {"text": "hi"}}
+    site.upstream.stream(b"data: " + json.dumps(event).encode() + b"\n\n")
+    answer = site.post("/v1/messages", model="m-chat", messages=[], max_tokens=9, stream=True)
+    assert site.record(answer)["tokens"]["completion_tokens"] == 1
+
+
+def test_holds_above_the_balance_are_no_failure(redis_url: str) -> None:
+    with hub(redis_url, credits=200) as site:
+        import threading
+
+        hold = threading.Event()
+
+        async def slow(scope: object, receive: object, send: object) -> None:
+            import asyncio
+
+            while not hold.is_set():
+                await asyncio.sleep(0.01)
+            site.upstream.json(chat_answer(usage=usage(10, 10)))
+            await site.upstream.answer(scope, receive, send)  # type: ignore[misc]
+
+        site.upstream.answer = slow
+        first = threading.Thread(target=lambda: site.chat(max_tokens=1000))
+        first.start()
+        while not site.holder().figures.held:
+            pass
+        site.adjust(-150)
+        assert site.holder().figures.available < 0
+        for model in ("m-chat", "m-flat"):
+            answer = site.chat(model)
+            assert answer.status_code == 402
+            assert answer.headers["x-credits-remaining"] == "0"
+        hold.set()
+        first.join()
