@@ -49,7 +49,7 @@ def accounts_of_one_partition(count: int) -> list[str]:
     return found
 
 
-OPEN = accounts_of_one_partition(3)
+OPEN = accounts_of_one_partition(2)
 NUMBER = keys.partition(NOBODY)
 
 
@@ -325,6 +325,12 @@ class WalletMachine(RuleBasedStateMachine):
     def arrive_and_reserve(self, account: str, terms: Terms, lost: bool) -> str:
         request = self.arrive_for(account)
         self.reserve(request, terms, lost)
+        return request
+
+    @rule(target=requests, account=st.sampled_from(OPEN), quarters=st.integers(1, 4), lost=lost)
+    def arrive_and_hold_much(self, account: str, quarters: int, lost: bool) -> str:
+        request = self.arrive_for(account)
+        self.reserve(request, Terms("m", fixed=quarters * GRANT // 4), lost)
         return request
 
     @rule(request=requests, terms=terms, lost=lost)
