@@ -165,6 +165,16 @@ async def test_held_is_not_exhausted(wallet: Wallet, audited: Scripts) -> None:
     assert (await take(wallet, 50)).figures == Figures(200, 50)
 
 
+async def test_an_exact_input_is_never_counted_again(wallet: Wallet, audited: Scripts) -> None:
+    """Also where holds stand above the balance, so that less than nothing is available."""
+    await open_account(audited, 200)
+    await take(wallet, 150)
+    await wallet.credit(ALICE, -100, "adjust", id="adjust:1")
+    with pytest.raises(CreditsHeld) as held:
+        await take(wallet, 10)
+    assert held.value.remaining == 0
+
+
 async def test_the_last_tick_can_be_held(wallet: Wallet, audited: Scripts) -> None:
     await open_account(audited, 200)
     await take(wallet, 199)

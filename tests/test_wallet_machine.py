@@ -132,7 +132,7 @@ class Model:
             free = wallet.available
             if wallet.balance <= 0:
                 return "InsufficientCredits"
-            if free < terms.rich_above:
+            if 0 < terms.rich_above and free < terms.rich_above:
                 return None
             if terms.rate:
                 affordable = (free - terms.fixed) * 1000 // terms.rate
