@@ -121,17 +121,26 @@ class Exchange:
 
     async def _run_app(self) -> None:
         try:
-            await self.app(self._inner_scope(), self._app_receive, self._app_send)
+            await self._give_app_its_turn()
         except asyncio.CancelledError:
             if not self._cancelled:
                 raise
             if self._task is not None:
                 self._task.uncancel()
+
+    async def _give_app_its_turn(self) -> None:
+        failure: Exception | None = None
+        try:
+            await self.app(self._inner_scope(), self._app_receive, self._app_send)
         except Exception as error:
-            if not self._stopped:
-                await self._app_failed(error)
-        else:
-            if self._kind == "none" and not (self._stopped or self._complete):
+            failure = error
+        # The timer may be ending the stream at this moment.
+        async with self._lock:
+            if self._stopped:
+                return
+            if failure is not None:
+                await self._app_failed(failure)
+            elif self._kind == "none" and not self._complete:
                 await self._answer_instead(UpstreamError("The application sent no answer."))
 
     def _inner_scope(self) -> Scope:
@@ -339,7 +348,11 @@ class Exchange:
 
     async def _send_start(self, message: Message, receipt: Receipt | None = None) -> None:
         """The start with our headers: exact after a settle, else with what is there while the hold stands."""
-        headers = [(name, value) for name, value in message["headers"] if not _ours(name.lower())]
+        # A stream gets other events than came: a length that was declared no longer holds.
+        dropped = (b"x-request-id", b"content-length") if self._kind == "stream" else (b"x-request-id",)
+        headers = [
+            (name, value) for name, value in message.get("headers", ()) if not _ours(name.lower(), dropped)
+        ]
         headers += self._credit_headers(receipt)
         if any(name.lower() == b"access-control-allow-origin" for name, _ in headers):
             headers.append((b"access-control-expose-headers", _EXPOSED))
@@ -387,7 +400,7 @@ def _coding(message: Message) -> bytes | None:
 
 def _header(message: Message, wanted: bytes) -> bytes:
     """A header's first value without parameters, in lower case; empty where it is missing."""
-    for name, value in message["headers"]:
+    for name, value in message.get("headers", ()):
         if name.lower() == wanted:
             return bytes(value).split(b";")[0].strip().lower()
     return b""

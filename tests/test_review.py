@@ -1,10 +1,20 @@
 """What a reviewer broke once: odd JSON in requests and answers, races at the end of a stream."""
 
+import asyncio
 import json
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
 
+import httpx
 import pytest
 from hub import DONE, Hub, chat_answer, chunk, hub, usage
+from servers import connect, serve_app
+
+from llmhub_meter import Account, Meter, MeterMiddleware
+from llmhub_meter.config import CreditsConfig
 
 MESSAGES = '"messages":[{"role":"user","content":"hi"}]'
 
@@ -97,13 +107,9 @@ def test_places_of_any_kind_in_chunks(site: Hub, index: object) -> None:
 
 def test_holds_above_the_balance_are_no_failure(redis_url: str) -> None:
     with hub(redis_url, credits=200) as site:
-        import threading
-
         hold = threading.Event()
 
         async def slow(scope: object, receive: object, send: object) -> None:
-            import asyncio
-
             while not hold.is_set():
                 await asyncio.sleep(0.01)
             site.upstream.json(chat_answer(usage=usage(10, 10)))
@@ -122,3 +128,51 @@ def test_holds_above_the_balance_are_no_failure(redis_url: str) -> None:
             assert answer.headers["x-credits-remaining"] == "0"
         hold.set()
         first.join()
+
+
+def test_a_stream_with_a_declared_length(site: Hub) -> None:
+    body = chunk("hi") + chunk(usage=usage(1000, 500)) + DONE
+    headers = {"content-type": "text/event-stream", "content-length": str(len(body))}
+    site.upstream.bytes(body, 200, headers)
+    answer = site.chat(stream=True)
+    assert answer.content == chunk("hi") + b": credits used=90 remaining=99910\n\n" + DONE
+
+
+def test_an_upstream_that_breaks_while_its_stream_is_settled(site: Hub) -> None:
+    async def answer(scope: object, receive: object, send: Any) -> None:
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        body = chunk("hi") + chunk(usage=usage(1000, 500)) + DONE
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        # A second after [DONE] the relay ends the stream itself; Redis takes its time for that.
+        await asyncio.sleep(1.3)
+        raise ConnectionResetError("cut")
+
+    def pause() -> None:
+        with closing(connect(site.redis_url)) as redis:
+            time.sleep(0.8)
+            redis.client_pause(1000)
+
+    site.upstream.answer = answer
+    pausing = threading.Thread(target=pause)
+    pausing.start()
+    assert site.chat(stream=True).content.endswith(b": credits used=90 remaining=99910\n\n" + DONE)
+    pausing.join()
+
+
+def test_an_app_whose_answer_has_no_headers(redis_url: str) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200})
+        body = json.dumps(chat_answer(usage=usage(1000, 500))).encode()
+        await send({"type": "http.response.body", "body": body})
+
+    meter = Meter(
+        redis=redis_url,
+        prices={"m": {"type": "chat", "input_per_1k": 10, "output_per_1k": 0}},
+        credits=CreditsConfig(),
+    )
+    with serve_app(MeterMiddleware(app, meter=meter, identify=lambda scope: Account("alice"))) as url:
+        answer = httpx.post(f"{url}/v1/chat/completions", json={"model": "m", "messages": []})
+    assert answer.status_code == 200
+    assert answer.headers["x-credits-used"] == "10"
