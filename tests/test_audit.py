@@ -1,4 +1,5 @@
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -217,3 +218,35 @@ async def test_clean_while_requests_go_on(scripts: Scripts, wallet: Wallet) -> N
     assert [finding for report in reports for finding in report.findings] == []
     assert len(reports) >= 3
     assert reports[-1].entries > reports[0].entries
+
+
+async def test_a_crowded_partition_is_seen_at_one_moment(scripts: Scripts, redis_url: str) -> None:
+    """Reading 1,500 wallets takes Redis several turns, unless they are read in one transaction."""
+    crowd = [name for i in range(500_000) if keys.partition(name := f"u{i}") == NUMBER][:1_500]
+    accounts = Accounts(scripts, signup_grant=GRANT)
+    for start in range(0, len(crowd), 50):
+        await asyncio.gather(*(accounts.ensure(Account(name)) for name in crowd[start : start + 50]))
+    started, stop = threading.Event(), threading.Event()
+
+    async def spend() -> int:
+        """From a thread of its own, so that its calls really come while the audit's are read."""
+        turns = 0
+        async with aclosing(Scripts(connect(redis_url))) as others:
+            wallet = Wallet(others)
+            while not stop.is_set():
+                for name in (crowd[0], crowd[-1]):
+                    request = keys.new_request_id(name)
+                    await wallet.reserve(request, name, Terms("m", fixed=10))
+                    await wallet.settle(request, name, 1, {})
+                    turns += 1
+                    started.set()
+        return turns
+
+    spending = asyncio.create_task(asyncio.to_thread(asyncio.run, spend()))
+    await asyncio.to_thread(started.wait, 10)
+    reports = [await audit(scripts) for _ in range(8)]
+    stop.set()
+    assert await spending > 10
+    assert [finding for report in reports for finding in report.findings] == []
+    assert reports[-1].accounts == 1_500
+    assert reports[-1].entries > reports[0].entries > 3_000
