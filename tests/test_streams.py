@@ -87,6 +87,17 @@ def test_an_asked_for_usage_chunk_is_the_last_before_done(site: Hub) -> None:
     assert events[2:] == [b": credits used=90 remaining=99910", b"data: [DONE]", b""]
 
 
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n"])
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_last_event_without_its_blank_line(site: Hub, end: bytes, asked: bool) -> None:
+    site.upstream.stream(chunk("a"), chunk(usage=usage(1000, 500)).rstrip() + end)
+    options = {"stream_options": {"include_usage": True}} if asked else {}
+    events = site.chat(stream=True, **options).content.replace(b"\r", b"").split(b"\n\n")
+    events = [event.strip() for event in events if event.strip()]
+    assert events[-1] == b": credits used=90 remaining=99910"
+    assert len(events) == (3 if asked else 2)
+
+
 def test_other_stream_options_are_kept(site: Hub) -> None:
     site.upstream.stream(chunk("a", usage=usage(1, 1)), DONE)
     site.chat(stream=True, stream_options={"include_obfuscation": False, "include_usage": False})
