@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from llmhub_meter import cli, errors
 from llmhub_meter.config import Config, load_config
+from llmhub_meter.dialects import DIALECTS, UNMETERED_YET, Dialect
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "docs" / "reference"
@@ -101,12 +102,28 @@ def test_every_error_has_a_row_with_its_status_type_and_code(error: type[errors.
     assert row in (REFERENCE / "http.md").read_text()
 
 
+@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
+def test_every_metered_route_has_a_row_with_its_model_types(dialect: Dialect) -> None:
+    reference, dialects = (REFERENCE / "http.md").read_text(), (ROOT / "docs" / "dialects.md").read_text()
+    for path in dialect.paths:
+        row = re.search(rf"^\| `POST /v1{path}` \| ([^|]+) \|", reference, flags=re.MULTILINE)
+        assert row is not None, path
+        assert set(row[1].split(", ")) == dialect.types
+        assert f"`/v1{path}`" in dialects
+
+
+@pytest.mark.parametrize("path", UNMETERED_YET)
+def test_every_route_that_is_not_metered_yet_is_said(path: str) -> None:
+    assert f"`/v1{path}`" in (REFERENCE / "http.md").read_text()
+
+
 def headers_sent() -> set[str]:
     """Headers of ours that the source of the answering modules spells."""
     found: set[str] = set()
     for module in ("exchange", "errors", "middleware", "proxy", "replies"):
         source = (ROOT / "llmhub_meter" / f"{module}.py").read_text()
         found |= {name for name in HEADER.findall(source) if not name.endswith("-")}
+    found.discard("x-gzip")  # A coding.
     return found
 
 
@@ -177,7 +194,7 @@ def test_snippets_parse(page: Path, tmp_path: Path) -> None:
         elif language == "toml":
             file = tmp_path / "llmhub-meter.toml"
             file.write_text(text)
-            config = load_config(file, environ={"OPENAI_API_KEY": "secret"})
+            config = load_config(file, environ={"OPENAI_API_KEY": "secret", "ANTHROPIC_API_KEY": "secret"})
             assert config.models and config.upstreams
 
 
