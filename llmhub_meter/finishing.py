@@ -82,6 +82,8 @@ class Finisher:
             except MeteringUnavailable:
                 pause = min(1.0, pause * 2 or 0.1)
                 if time.monotonic() < deadline:
+                    # One that can't end (its account is gone, its server is away) must not stop the others.
+                    self._waiting.rotate(-1)
                     continue
                 logger.error("an ending could not reach Redis in %d s and is given up", RETRY_SECONDS)
             self._waiting.popleft()

@@ -1,20 +1,27 @@
 """What a reviewer broke once: odd JSON in requests and answers, races at the end of a stream."""
 
 import asyncio
+import functools
 import json
+import subprocess
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from hub import DONE, Hub, chat_answer, chunk, hub, usage
-from servers import connect, serve_app
+from servers import connect, serve_app, valkey, wait_until_it_answers
 
-from llmhub_meter import Account, Meter, MeterMiddleware
+from llmhub_meter import Account, Meter, MeterMiddleware, scripts
 from llmhub_meter.config import CreditsConfig
+from llmhub_meter.embedded import find_binary
+from llmhub_meter.errors import MeteringUnavailable
+from llmhub_meter.finishing import Finisher
+from llmhub_meter.types import Ending, Figures
 
 MESSAGES = '"messages":[{"role":"user","content":"hi"}]'
 
@@ -162,6 +169,7 @@ def test_an_upstream_that_breaks_while_its_stream_is_settled(site: Hub) -> None:
 
 def test_an_app_whose_answer_has_no_headers(redis_url: str) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "http"
         await receive()
         await send({"type": "http.response.start", "status": 200})
         body = json.dumps(chat_answer(usage=usage(1000, 500))).encode()
@@ -176,3 +184,86 @@ def test_an_app_whose_answer_has_no_headers(redis_url: str) -> None:
         answer = httpx.post(f"{url}/v1/chat/completions", json={"model": "m", "messages": []})
     assert answer.status_code == 200
     assert answer.headers["x-credits-used"] == "10"
+
+
+@contextmanager
+def mortal_valkey(directory: Path) -> Iterator[tuple[str, Callable[[], None], Callable[[], None]]]:
+    """A server whose data outlive it: its url, a way to kill it and a way to start it again."""
+    with valkey(directory, appendonly=True) as url:
+        path = Path(url.removeprefix("unix://"))
+        again: list[subprocess.Popen[bytes]] = []
+
+        def kill() -> None:
+            with closing(connect(url)) as redis:
+                redis.shutdown(nosave=True, now=True, force=True)
+
+        def start() -> None:
+            where = ["--port", "0", "--unixsocket", str(path), "--dir", str(directory), "--save", ""]
+            data = ["--appendonly", "yes", "--maxmemory-policy", "noeviction", "--logfile", "valkey.log"]
+            again.append(subprocess.Popen([find_binary(), *where, *data], stdin=subprocess.DEVNULL))
+            wait_until_it_answers(path, again[-1])
+
+        try:
+            yield url, kill, start
+        finally:
+            for process in again:
+                process.kill()
+                process.wait()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_redis_dies_between_reserve_and_settle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    monkeypatch.setattr(scripts, "REDIS_TIMEOUT_SECONDS", 0.5)
+    with mortal_valkey(tmp_path) as (url, kill, start), hub(url) as site:
+        if stream:
+            site.upstream.stream(chunk("hi"), chunk(usage=usage(1000, 500)), DONE)
+        else:
+            site.upstream.json(chat_answer(usage=usage(1000, 500)))
+        rest = site.upstream.answer
+        assert rest is not None
+
+        async def killing(scope: Any, receive: Any, send: Any) -> None:
+            await asyncio.to_thread(kill)
+            await rest(scope, receive, send)
+
+        site.upstream.answer = killing
+        answer = site.chat(stream=stream)
+        assert answer.status_code == 200
+        if stream:
+            assert answer.content == chunk("hi") + b": credits used=90\n\n" + DONE
+        else:
+            assert answer.headers["x-credits-used"] == "90"
+            assert "x-credits-remaining" not in answer.headers
+        site.upstream.answer = rest
+        refused = site.chat(stream=stream)
+        assert refused.status_code == 503
+        assert "x-credits-remaining" not in refused.headers
+        start()
+        assert site.wait_until_free().figures.balance == (100_000 - 90) * 10_000
+        record = site.record(answer)
+        assert (record["state"], record["credits"], record["late"]) == ("settled", "90", False)
+        assert site.chat(stream=stream).status_code == 200
+
+
+async def test_an_ending_that_can_not_be_does_not_stop_the_others() -> None:
+    finisher = Finisher()
+    ended: list[int] = []
+    up = False
+
+    async def lost() -> Ending:
+        raise MeteringUnavailable()
+
+    async def ending(number: int) -> Ending:
+        if not up:
+            raise MeteringUnavailable()
+        ended.append(number)
+        return Ending("settled", 0, Figures(0, 0))
+
+    await finisher.finish(lost)
+    for number in range(3):
+        await finisher.finish(functools.partial(ending, number))
+    up = True
+    await finisher.drain(1)
+    assert sorted(ended) == [0, 1, 2]
