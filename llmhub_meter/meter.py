@@ -34,6 +34,7 @@ from .errors import (
     UnknownAccount,
 )
 from .finishing import Finisher
+from .money import MAX_TICKS
 from .pricebook import PriceBook
 from .pricing.table import Model, PriceTable
 from .scripts import Scripts, connect
@@ -496,7 +497,8 @@ class Metered:
         """Charges the usage, exactly and once, whatever becomes of the caller."""
         charge = self.quote.model.charge(usage)
         record = self._record(usage, charge, model, facts)
-        return await self._end(charge.amount, record)
+        # What no account can hold can't be owed either.
+        return await self._end(min(charge.amount, MAX_TICKS), record)
 
     async def release(self, **facts: object) -> Receipt:
         """Charges nothing."""

@@ -164,7 +164,7 @@ class Wallet:
         if code == "refund" and amount <= 0:
             raise WalletError("a refund gives back more than nothing")
         noted = {**(record or {}), "request": request} if request else record or {}
-        status, balance, held, promo, _ = await self._scripts.call(
+        status, balance, held, promo, seen = await self._scripts.call(
             "credit",
             [keys.wallet(account), keys.credited(account)],
             [id, account, amount, code, MAX_TICKS, _json(noted), request, charge, from_grants],
@@ -180,7 +180,8 @@ class Wallet:
                 raise WalletError(
                     f"{request} was charged {credits(charge)} credits; refunds together may not be more"
                 )
-        return _figures([balance, held, promo])
+        # A repeated call gives the balance that the first one left.
+        return _figures([seen if status == "exists" else balance, held, promo])
 
     async def figures(self, account: str) -> Figures | None:
         """The wallet as it stands, or None where there is no such account."""

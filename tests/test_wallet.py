@@ -596,6 +596,13 @@ async def test_the_same_credit_twice_is_given_once(wallet: Wallet, audited: Scri
     assert await codes(audited) == ["account", "top_up"]
 
 
+async def test_a_repeated_credit_gives_the_first_balance(wallet: Wallet, audited: Scripts) -> None:
+    await open_account(audited)
+    assert (await wallet.credit(ALICE, 100, "adjust", id="a")).balance == 100
+    assert (await wallet.credit(ALICE, 50, "adjust", id="b")).balance == 150
+    assert (await wallet.credit(ALICE, 100, "adjust", id="a")).balance == 100
+
+
 @pytest.mark.parametrize(("amount", "code"), [(1_001, "top_up"), (1_000, "grant"), (-1_000, "top_up")])
 async def test_an_id_stands_for_one_credit(
     wallet: Wallet, audited: Scripts, amount: int, code: CreditCode

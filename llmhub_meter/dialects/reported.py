@@ -13,7 +13,8 @@ from typing import Any
 
 from ..types import Usage
 
-MAX_COUNT = 10**12
+MAX_COUNT = 10**9
+"""No answer uses more tokens; a larger count is nonsense."""
 
 _APART = ("cache_read_input_tokens", "cache_creation_input_tokens")
 
