@@ -69,9 +69,9 @@ def forwarded(body: bytes, metered: Metered, *, token_field: str, rewrite_model:
     given = metered.quote.body
     if any(name in given for name in changes) or not given:
         # Values that stay are kept byte for byte, spelling of numbers included.
-        whole: dict[str, Any] = {**_raw(body, given), **changes}
-        return msgspec.json.encode(whole)
-    added = msgspec.json.encode(changes)
+        whole = {name: _encoded(value) for name, value in {**_raw(body, given), **changes}.items()}
+        return b"{%b}" % b",".join(b"%b:%b" % (_encoded(name), value) for name, value in whole.items())
+    added = _encoded(changes)
     return body.rstrip()[:-1] + b"," + added[1:]
 
 
@@ -83,7 +83,12 @@ def _changes(metered: Metered, token_field: str, rewrite_model: bool) -> dict[st
         changes["stream_options"] = {**(given if isinstance(given, Mapping) else {}), "include_usage": True}
     if (lowered := metered.lowered_to) is not None:
         own = token_field if token_field in dialect.maximum_fields else dialect.maximum_fields[0]
-        changes |= dict.fromkeys(ask.maximum_fields or (own,), lowered)
+        # Of several maximums the smaller ones stay.
+        changes |= {
+            name: lowered
+            for name in ask.maximum_fields or (own,)
+            if not _below(quote.body.get(name), lowered)
+        }
     if rewrite_model and (target := quote.upstream_model) != ask.model:
         changes["model"] = target
     return changes
@@ -94,6 +99,18 @@ def _raw(body: bytes, given: Mapping[str, object]) -> Mapping[str, object]:
         return _decode_raw(body)
     except UNREADABLE:
         return given
+
+
+def _below(given: object, limit: int) -> bool:
+    return isinstance(given, int | float) and given < limit
+
+
+def _encoded(value: object) -> bytes:
+    try:
+        return msgspec.json.encode(value)
+    except (UnicodeEncodeError, OverflowError, RecursionError):
+        # Lone surrogates and huge numbers came as JSON, so they can be written as such.
+        return json.dumps(value, separators=(",", ":")).encode()
 
 
 def _parse_slowly(body: bytes) -> Any:

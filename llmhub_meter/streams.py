@@ -146,8 +146,10 @@ class StreamRelay:
         metered, reader = self.metered, self.reader
         facts = {} if how == "ok" else {"end": how}
         nothing = reader.reported is None and not reader.output.seen
+        # An upstream that failed before any output is not paid for its input.
+        failed = (reader.failed or how == "broken") and not (reader.failure_reported or reader.wrote)
         # A client that left has used the input all the same; an upstream that gave nothing has not answered.
-        if nothing and how in ("ok", "broken"):
+        if (nothing or failed) and how in ("ok", "broken"):
             return await metered.release(**facts)
         usage = await metered.meter.usage(
             metered.quote, reader.reported, lambda: reader.output, sent=metered.sent_maximum

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
-from hub import DONE, Hub, chat_answer, chunk, hub, usage
+from hub import DONE, MODELS, Hub, chat_answer, chunk, hub, usage
 from servers import connect, serve_app, valkey, wait_until_it_answers
 
 from llmhub_meter import Account, Meter, MeterMiddleware, scripts
@@ -267,3 +267,57 @@ async def test_an_ending_that_can_not_be_does_not_stop_the_others() -> None:
     up = True
     await finisher.drain(1)
     assert sorted(ended) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("odd", ['"\\ud800"', "1" + "0" * 40, "[" * 200 + "]" * 200])
+def test_what_is_rewritten_may_hold_any_json(redis_url: str, odd: str) -> None:
+    models = {**MODELS, "m-chat": {**MODELS["m-chat"], "aliases": ["m"], "upstream_model": "theirs"}}
+    with hub(redis_url, models=models) as site:
+        site.upstream.stream(chunk("hi"), chunk(usage=usage(1000, 500)), DONE)
+        surrogate = f'"\\ud800":{odd},' if "ud800" in odd else ""
+        body = (
+            f'{{"model":"m",{MESSAGES},"stream":true,"stream_options":{{"x":{odd}}},{surrogate}"user":{odd}}}'
+        )
+        answer = site.client.post("/v1/chat/completions", content=body.encode())
+        assert answer.status_code == 200
+        expected = {**json.loads(body), "model": "theirs"}
+        expected["stream_options"] = {**expected["stream_options"], "include_usage": True}
+        assert site.upstream.seen[0].body == expected
+        assert site.record(answer)["credits"] == "90"
+
+
+def test_a_lowered_maximum_lifts_no_other(redis_url: str) -> None:
+    with hub(redis_url, credits=10, reserve={"clamp": "always"}) as site:
+        site.upstream.json(chat_answer(usage=usage(10, 5)))
+        assert site.chat(max_tokens=20, max_completion_tokens=10_000).status_code == 200
+        sent = site.upstream.seen[0].body
+        assert sent["max_tokens"] == 20
+        assert 16 <= sent["max_completion_tokens"] < 100
+
+
+ERROR = b'event: error\ndata: {"type":"error","error":{"type":"overloaded_error","message":"Overloaded"}}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("path", "pieces"),
+    [
+        (
+            "/v1/messages",
+            [
+                b'data: {"type":"message_start",'
+                b'"message":{"usage":{"input_tokens":1000,"output_tokens":1}}}\n\n',
+                b'data: {"type":"content_block_start","index":0,'
+                b'"content_block":{"type":"text","text":""}}\n\n',
+                ERROR,
+            ],
+        ),
+        ("/v1/chat/completions", [chunk(""), ERROR, DONE]),
+        ("/v1/chat/completions", [chunk("", usage=usage(1000, 0)), ERROR, DONE]),
+    ],
+)
+def test_an_error_event_before_any_output_is_free(site: Hub, path: str, pieces: list[bytes]) -> None:
+    site.upstream.stream(*pieces)
+    answer = site.post(path, model="m-chat", messages=[], max_tokens=100, stream=True)
+    assert ERROR in answer.content
+    assert b": credits used=0 remaining=100000\n\n" in answer.content
+    assert site.record(answer)["state"] == "released"

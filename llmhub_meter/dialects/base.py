@@ -76,6 +76,13 @@ class Output:
     images: int = 0
     seen: bool = False
     """Whether anything recognisable was delivered, be it without text."""
+    partial: bool = False
+    """Whether a part of an image was delivered."""
+
+    @property
+    def delivered(self) -> bool:
+        """Whether there is anything that a client can use."""
+        return self.partial or self.images > 0 or any(self.texts.values())
 
     def add(self, place: tuple[object, ...], text: object) -> None:
         if not isinstance(text, str):
@@ -155,6 +162,8 @@ class StreamReader:
         """Events that could be read at all."""
         self.failed = False
         """An error event came."""
+        self.failure_reported = False
+        """It carried usage."""
 
     def read(self, event: bytes) -> EventKind:
         """Takes note of one event and says what it is."""
@@ -167,7 +176,18 @@ class StreamReader:
         if not isinstance(message, dict):
             return "pass"
         self.readable += 1
-        return self.take(message)
+        failed, reported = self.failed, self.reported
+        kind = self.take(message)
+        if self.failed and not failed:
+            self.failure_reported = self.reported is not reported
+        return kind
+
+    @property
+    def wrote(self) -> bool:
+        """Whether output came, by what was delivered or by what is reported."""
+        reported = self.reported
+        counted = reported is not None and reported.completion_known and reported.usage.completion_tokens > 0
+        return counted or self.output.delivered
 
     def take(self, message: dict[str, Any]) -> EventKind:
         """One event's JSON object; this much is said in every dialect."""

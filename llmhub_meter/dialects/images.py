@@ -35,7 +35,7 @@ class ImagesReader(StreamReader):
         if kind == "error" or message.get("error"):
             self.failed = True
         elif isinstance(kind, str) and kind.endswith((".partial_image", ".completed")):
-            self.output.seen = True
+            self.output.seen = self.output.partial = True
             self.output.images += kind.endswith(".completed")
         self.report(message.get("usage"))
         return "pass"
