@@ -26,6 +26,7 @@ from .tokens import chat_text, count_in_thread, count_pieces
 from .types import ApiKey, Entry, Figures, Usage
 
 DONE, FINDING, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+SHOWN_FAULTS = 3
 
 Verb = Callable[[argparse.Namespace], int]
 Found = TypeVar("Found")
@@ -432,11 +433,15 @@ def _estimate(arguments: argparse.Namespace) -> int:
     lines = {
         "model": model.name,
         "tokens": str(tokens),
-        "credits": f"{credits(least)} to {credits(most)}",
-        "EUR": f"{euros(least)} to {euros(most)}",
+        "credits": _span(credits(least), credits(most)),
+        "EUR": _span(euros(least), euros(most)),
     }
     _show(arguments, facts, _lines(lines))
     return DONE
+
+
+def _span(least: str, most: str) -> str:
+    return least if least == most else f"{least} to {most}"
 
 
 async def _price_text(model: Model, text: str, output: int | None) -> tuple[int, int, int]:
@@ -464,7 +469,8 @@ def _ledger_audit(arguments: argparse.Namespace) -> int:
         "differences": report.differences,
         "findings": findings,
     }
-    counts = f"{_counted(report.accounts, 'account')}, {report.entries} entries, "
+    accounts, entries = _counted(report.accounts, "account"), _counted(report.entries, "entry")
+    counts = f"{accounts}, {entries}, "
     _show(arguments, facts, "\n".join([counts + _counted(report.differences, "difference"), *findings]))
     return FINDING if report.differences else DONE
 
@@ -476,7 +482,14 @@ def _path(arguments: argparse.Namespace) -> Path | None:
 
 
 def _config(arguments: argparse.Namespace) -> Config:
-    return load_config(_path(arguments), environ=os.environ)
+    """The config; of many faults the first few, since `check-config` has each on a line of its own."""
+    try:
+        return load_config(_path(arguments), environ=os.environ)
+    except ConfigError as error:
+        shown, left = error.faults[:SHOWN_FAULTS], len(error.faults) - SHOWN_FAULTS
+        if left <= 0:
+            raise
+        raise ConfigError([*shown, f"{left} more: see `check-config`"]) from None
 
 
 def _with_meter(arguments: argparse.Namespace, run: Callable[[Meter], Awaitable[Found]]) -> Found:
@@ -605,7 +618,9 @@ def _word(value: object) -> str:
 
 
 def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+    if count == 1:
+        return f"1 {noun}"
+    return f"{count} {noun[:-1]}ies" if noun.endswith("y") else f"{count} {noun}s"
 
 
 def _one_line(text: str) -> str:

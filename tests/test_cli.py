@@ -271,6 +271,7 @@ def test_an_estimate_is_what_the_text_will_cost(
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hello there")))
         assert cli("estimate", "m", *words, "--json").json["prompt_tokens"] == 9
     assert re.search(r"^credits +0.126 to 56.126$", cli("estimate", "m", "hello there").out, re.MULTILINE)
+    assert re.search(r"^credits +0.0038$", cli("estimate", "e", "hello there").out, re.MULTILINE)
     cli("estimate", "whisper", "x").refuses("minute")
     cli("estimate", "unknown", "x").refuses("no model 'unknown'")
     cli("estimate", "m", "one", "two").refuses("unrecognized arguments: two")
@@ -278,6 +279,7 @@ def test_an_estimate_is_what_the_text_will_cost(
 
 def test_audit_finds_a_balance_that_nobody_entered(cli: Cli, redis_url: str) -> None:
     account = cli("accounts", "create", "alice", "--json").json["id"]
+    assert cli("ledger", "audit").out == "1 account, 2 entries, 0 differences\n"
     clean = cli("ledger", "audit", "--json").json
     assert (clean["accounts"], clean["differences"], clean["findings"]) == (1, 0, [])
     assert clean["entries"] >= 1
@@ -304,6 +306,10 @@ def test_check_config_names_every_fault(cli: Cli, tmp_path: Path) -> None:
     assert any('[models."m"] input_per_1k: is negative' in line for line in lines)
     told = cli("check-config", str(bad), "--json")
     assert told.code == 2 and json.loads(told.out) == {"ok": False, "faults": lines}
+    bad.write_text(bad.read_text() + "slices = 1\nlease = 1\n")
+    started = cli("serve", "--config", str(bad))
+    assert started.code == 2 and started.err.endswith("; 2 more: see `check-config`\n")
+    assert started.err.count(str(bad)) == 3
     missing = cli("check-config", "nowhere.toml")
     assert missing.code == 2 and missing.err == "nowhere.toml: can't be read: No such file or directory\n"
 
