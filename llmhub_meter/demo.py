@@ -178,7 +178,7 @@ No model is asked: a built-in upstream answers and reports its tokens.
 
   base URL   {demo.base_url}
   API key    {demo.key}
-  account    {demo.account} (`accounts show {demo.account}`)
+  account    {demo.account} (`llmhub-meter accounts show {demo.account}`)
   models     {", ".join(MODELS)}
   data       {demo.data_dir}
 
