@@ -24,7 +24,7 @@ DONE_SECONDS = 1.0
 GRACE_SECONDS = 0.5
 """How long an app may take to notice that its client is gone, before it is cancelled."""
 MAX_BUFFERED_BYTES = 64 * 1024 * 1024
-"""A larger JSON answer streams on; its usage is read from its tail."""
+"""A larger JSON answer streams on; its usage is read from its ends."""
 TAIL_BYTES = 256 * 1024
 
 _EXPOSED = b"x-credits-used, x-credits-remaining, x-credits-reserved, x-request-id"
@@ -89,6 +89,7 @@ class Exchange:
         self._start: Message = {}
         self._parts: list[bytes] = []
         self._size = 0
+        self._head = b""
         self._relay = StreamRelay(metered, comment=meter.rules.sse_comment)
         self._lock = asyncio.Lock()
         self._complete = False
@@ -222,6 +223,7 @@ class Exchange:
                 await self._answer_json(b"".join(self._parts))
             elif self._size > MAX_BUFFERED_BYTES:
                 self._kind = "large"
+                self._head = b"".join(self._parts)[:TAIL_BYTES]
                 await self._send_start(self._start)
                 await self._pass_large(b"".join(self._parts), more)
         elif self._kind == "large":
@@ -273,8 +275,17 @@ class Exchange:
     async def _pass_large(self, data: bytes, more: bool) -> None:
         self._parts = [b"".join([*self._parts, data])[-TAIL_BYTES:]]
         if not more:
-            await self._settle_json(Answer.of_tail(self._parts[0]))
+            await self._settle_large()
         await self._send_body(data, more)
+
+    async def _settle_large(self) -> Receipt:
+        """Usage stands at either end; without any the input is counted, and images are those asked for."""
+        quote = self.metered.quote
+        output = Output(images=quote.ask.images, seen=True)
+        ends = (quote.dialect.reported(Answer.of_tail(end)) for end in (self._parts[0], self._head))
+        reported = next((found for found in ends if found is not None), None)
+        usage = await self.meter.usage(quote, reported, lambda: output, sent=None)
+        return await self.metered.settle(quote.dialect.measure_stream(usage, quote.ask, output))
 
     async def _pass_events(self, data: bytes, more: bool) -> None:
         relay = self._relay

@@ -16,7 +16,7 @@ import pytest
 from hub import DONE, MODELS, Hub, chat_answer, chunk, hub, usage
 from servers import connect, serve_app, valkey, wait_until_it_answers
 
-from llmhub_meter import Account, Meter, MeterMiddleware, scripts
+from llmhub_meter import Account, Meter, MeterMiddleware, exchange, scripts
 from llmhub_meter.config import CreditsConfig
 from llmhub_meter.embedded import find_binary
 from llmhub_meter.errors import MeteringUnavailable
@@ -321,3 +321,53 @@ def test_an_error_event_before_any_output_is_free(site: Hub, path: str, pieces: 
     assert ERROR in answer.content
     assert b": credits used=0 remaining=100000\n\n" in answer.content
     assert site.record(answer)["state"] == "released"
+
+
+LARGE = {"data": [{"b64_json": "x" * 3000}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "answer", "credits"),
+    [
+        ("chat/completions", {"model": "m-chat", "messages": []}, chat_answer("x" * 3000), "0.09"),
+        (
+            "chat/completions",
+            {"model": "m-chat", "messages": []},
+            {"usage": usage(1000, 500), **chat_answer("x" * 3000)},
+            "90",
+        ),
+        (
+            "chat/completions",
+            {"model": "m-chat", "messages": []},
+            {**chat_answer("x" * 3000), "usage": usage(1000, 500)},
+            "90",
+        ),
+        ("embeddings", {"model": "m-embed", "input": "x " * 1000}, LARGE, "2.002"),
+        ("images/generations", {"model": "m-img", "prompt": "x", "n": 2}, LARGE, "8000"),
+        (
+            "images/generations",
+            {"model": "m-img", "prompt": "x", "quality": "hd", "size": "1024x1024"},
+            {**LARGE, "usage": {"input_tokens": 5, "output_tokens": 5}},
+            "8000",
+        ),
+    ],
+)
+def test_an_answer_too_large_to_keep_is_charged(
+    site: Hub, monkeypatch: pytest.MonkeyPatch, path: str, body: Any, answer: Any, credits: str
+) -> None:
+    monkeypatch.setattr(exchange, "MAX_BUFFERED_BYTES", 1000)
+    monkeypatch.setattr(exchange, "TAIL_BYTES", 500)
+    raw = json.dumps(answer).encode()
+
+    async def in_pieces(scope: Any, receive: Any, send: Any) -> None:
+        headers = [(b"content-type", b"application/json")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for start in range(0, len(raw), 700):
+            await send({"type": "http.response.body", "body": raw[start : start + 700], "more_body": True})
+            await asyncio.sleep(0.02)
+        await send({"type": "http.response.body", "body": b""})
+
+    site.upstream.answer = in_pieces
+    found = site.post(f"/v1/{path}", **body)
+    assert found.content == raw
+    assert site.record(found)["credits"] == credits
