@@ -203,7 +203,7 @@ def _port(demo: Demo) -> str:
 
 
 def create_upstream(*, chunk_seconds: float = 0.02) -> Starlette:
-    """The demo upstream as an app: chat completions, embeddings, images, and the list of its models.
+    """The demo upstream as an app: chat completions, responses, embeddings, images and the list of models.
 
     `chunk_seconds` is the pause before each chunk of a stream.
     """
@@ -212,9 +212,14 @@ def create_upstream(*, chunk_seconds: float = 0.02) -> Starlette:
         body = await request.body()
         return await _chat(_read(body, _ChatRequest), _answer_id("chatcmpl-", body), chunk_seconds)
 
+    async def responses(request: Request) -> Response:
+        body = await request.body()
+        return await _respond(_read(body, _ResponsesRequest), _answer_id("resp_", body), chunk_seconds)
+
     return Starlette(
         routes=[
             Route("/v1/chat/completions", chat, methods=["POST"]),
+            Route("/v1/responses", responses, methods=["POST"]),
             Route("/v1/embeddings", _embeddings, methods=["POST"]),
             Route("/v1/images/generations", _images, methods=["POST"]),
             Route("/v1/models", _models, methods=["GET"]),
@@ -247,6 +252,15 @@ class _ChatRequest(msgspec.Struct):
     response_format: dict[str, Any] | None = None
 
 
+class _ResponsesRequest(msgspec.Struct):
+    model: str
+    input: str | Annotated[list[dict[str, Any]], Meta(min_length=1)]
+    instructions: str | None = None
+    stream: bool | None = None
+    max_output_tokens: Annotated[int, Meta(ge=1)] | None = None
+    tools: list[dict[str, Any]] | None = None
+
+
 class _EmbeddingsRequest(msgspec.Struct):
     model: str
     input: str | list[str | int | list[int]]
@@ -263,7 +277,7 @@ class _ImagesRequest(msgspec.Struct):
     response_format: Literal["b64_json"] | None = None
 
 
-_Body = TypeVar("_Body", _ChatRequest, _EmbeddingsRequest, _ImagesRequest)
+_Body = TypeVar("_Body", _ChatRequest, _ResponsesRequest, _EmbeddingsRequest, _ImagesRequest)
 
 
 def _read(body: bytes, shape: type[_Body]) -> _Body:
@@ -334,19 +348,23 @@ def _answers(request: _ChatRequest) -> list[tuple[str, str]]:
     """Text and finish reason of each choice."""
     limit = request.max_completion_tokens or request.max_tokens
     choices = request.n or 1
-    text = "This is a demo answer by llmhub-meter; no model was asked."
-    if echo := _last_text(request.messages)[:_ECHO_CHARACTERS].strip():
-        text += f' You wrote: "{echo}"'
+    text = _answer_to(_text_of(request.messages[-1].content))
     texts = [text if choices == 1 else f"{text} (choice {index + 1})" for index in range(choices)]
     return [_cut(text, limit) for text in texts]
 
 
-def _last_text(messages: list[_Message]) -> str:
-    content = messages[-1].content
+def _answer_to(asked: str) -> str:
+    text = "This is a demo answer by llmhub-meter; no model was asked."
+    if echo := asked[:_ECHO_CHARACTERS].strip():
+        text += f' You wrote: "{echo}"'
+    return text
+
+
+def _text_of(content: object) -> str:
     if isinstance(content, list):
-        texts = (part.get("text") for part in content)
+        texts = (part.get("text") for part in content if isinstance(part, dict))
         return " ".join(text for text in texts if isinstance(text, str))
-    return content or ""
+    return content if isinstance(content, str) else ""
 
 
 def _cut(text: str, limit: int | None) -> tuple[str, str]:
@@ -409,6 +427,84 @@ def _chat_events(
     if usage is not None:
         yield _event(msgspec.json.encode({**head, "choices": [], "usage": usage}))
     yield _event(b"[DONE]")
+
+
+async def _respond(request: _ResponsesRequest, answer_id: str, chunk_seconds: float) -> Response:
+    _require_model(request.model, CHAT_MODEL)
+    given = request.input
+    prompt = chat_text(given, request.tools, system=request.instructions, model=CHAT_MODEL)
+    prompt_tokens = await count_pieces(prompt.pieces, prompt.overhead, CHAT_MODEL)
+    asked = given if isinstance(given, str) else _text_of(given[-1].get("content"))
+    text, reason = _cut(_answer_to(asked), request.max_output_tokens)
+    tokens = count(text, CHAT_MODEL)
+    status = "completed" if reason == "stop" else "incomplete"
+    item = {
+        "id": answer_id.replace("resp_", "msg_"),
+        "type": "message",
+        "role": "assistant",
+        "status": status,
+        "content": [{"type": "output_text", "text": text, "annotations": []}],
+    }
+    begun: dict[str, object] = {
+        "id": answer_id,
+        "object": "response",
+        "created_at": _CREATED,
+        "model": CHAT_MODEL,
+        "status": "in_progress",
+        "error": None,
+        "incomplete_details": None,
+        "instructions": request.instructions,
+        "output": [],
+        "parallel_tool_calls": True,
+        "tool_choice": "auto",
+        "tools": request.tools or [],
+        "usage": None,
+    }
+    whole = {
+        **begun,
+        "status": status,
+        "incomplete_details": None if reason == "stop" else {"reason": "max_output_tokens"},
+        "output": [item],
+        "usage": {
+            "input_tokens": prompt_tokens,
+            "input_tokens_details": {"cached_tokens": 0},
+            "output_tokens": tokens,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": prompt_tokens + tokens,
+        },
+    }
+    if not request.stream:
+        return _json(whole)
+    events = _response_events(begun, item, text, whole)
+    return StreamingResponse(_paced(events, chunk_seconds), media_type="text/event-stream")
+
+
+def _response_events(
+    begun: dict[str, object], item: dict[str, Any], text: str, whole: dict[str, object]
+) -> Iterator[bytes]:
+    """A response as OpenAI streams it: typed and numbered events, the usage in the last one."""
+    part = item["content"][0]
+    place = {"item_id": item["id"], "output_index": 0, "content_index": 0}
+    events: list[tuple[str, dict[str, object]]] = [
+        ("response.created", {"response": begun}),
+        ("response.in_progress", {"response": begun}),
+        (
+            "response.output_item.added",
+            {"output_index": 0, "item": {**item, "status": "in_progress", "content": []}},
+        ),
+        ("response.content_part.added", {**place, "part": {**part, "text": ""}}),
+        *(
+            ("response.output_text.delta", {**place, "delta": word, "logprobs": []})
+            for word in _WORD.findall(text)
+        ),
+        ("response.output_text.done", {**place, "text": text, "logprobs": []}),
+        ("response.content_part.done", {**place, "part": part}),
+        ("response.output_item.done", {"output_index": 0, "item": item}),
+        (f"response.{whole['status']}", {"response": whole}),
+    ]
+    for number, (kind, fields) in enumerate(events):
+        message = {"type": kind, "sequence_number": number, **fields}
+        yield b"event: " + kind.encode() + b"\n" + _event(msgspec.json.encode(message))
 
 
 def _event(data: bytes) -> bytes:

@@ -152,6 +152,36 @@ async def test_each_chunk_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pauses == [0.5] * answer.text.count("\n\n")
 
 
+@pytest.mark.parametrize(("limit", "status"), [(None, "completed"), (5, "incomplete")])
+async def test_a_response_and_its_stream_say_the_same(
+    openai: AsyncOpenAI, limit: int | None, status: str
+) -> None:
+    limits: dict[str, Any] = {} if limit is None else {"max_output_tokens": limit}
+    answer = await openai.responses.create(model="demo-chat", input="hello world", **limits)
+    assert answer.usage is not None and answer.status == status
+    # 2 of text; a bare text has no role to count.
+    assert answer.usage.input_tokens == 8
+    assert answer.usage.output_tokens == count(answer.output_text, "demo-chat") <= (limit or 100)
+    assert answer.usage.total_tokens == answer.usage.input_tokens + answer.usage.output_tokens
+    stream = await openai.responses.create(model="demo-chat", input="hello world", stream=True, **limits)
+    events = [event async for event in stream]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    said = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    last = events[-1]
+    assert last.type in ("response.completed", "response.incomplete")
+    assert said == answer.output_text == last.response.output_text
+    assert (last.response.status, last.response.usage) == (status, answer.usage)
+
+
+async def test_a_response_hears_the_last_message(openai: AsyncOpenAI) -> None:
+    asked: Any = [
+        {"role": "user", "content": "first"},
+        {"role": "user", "content": [{"type": "input_text", "text": "hello world"}]},
+    ]
+    answer = await openai.responses.create(model="demo-chat", input=asked, instructions="Be short.")
+    assert answer.output_text.endswith('You wrote: "hello world"')
+
+
 @pytest.mark.parametrize("dimensions", [None, 1, 3, 256])
 async def test_embeddings_are_unit_vectors_in_both_encodings(
     http: httpx.AsyncClient, dimensions: int | None
