@@ -110,7 +110,12 @@ class Exchange:
             self._body = requests.forwarded(
                 body, self.metered, token_field=field, rewrite_model=rewrite_model
             )
-            await self._run_app()
+            # A client that left while credits were set aside is noticed before anything goes upstream.
+            self.context.sent = False
+            await asyncio.sleep(0)
+            if not self._stopped:
+                self.context.sent = True
+                await self._run_app()
         finally:
             watch.cancel()
             if self._timer is not None:

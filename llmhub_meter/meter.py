@@ -403,12 +403,18 @@ class Meter:
                     await self.wallet.renew(metered.hold, model=metered.quote.model.name)
 
     async def _follow_prices(self) -> None:
+        said = ""
         while True:
             await asyncio.sleep(POLL_PRICES_SECONDS)
             try:
                 await self.prices.refresh()
             except MeteringUnavailable:
                 await self._revive()
+            except ConfigError as error:
+                # Another version's, or damaged: the old one stays.
+                if error.message != said:
+                    said = error.message
+                    logger.error("the prices in Redis can't be taken up: %s", said)
 
     async def _revive(self) -> None:
         """An embedded server that died is started again by whoever notices first; its data are on disk."""

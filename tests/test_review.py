@@ -13,10 +13,10 @@ from typing import Any
 
 import httpx
 import pytest
-from hub import DONE, MODELS, Hub, chat_answer, chunk, hub, usage
+from hub import DONE, MODELS, Hub, chat_answer, chunk, hub, raw_connection, usage
 from servers import connect, serve_app, valkey, wait_until_it_answers
 
-from llmhub_meter import Account, Meter, MeterMiddleware, exchange, scripts
+from llmhub_meter import Account, Meter, MeterMiddleware, exchange, keys, scripts
 from llmhub_meter.config import CreditsConfig
 from llmhub_meter.embedded import find_binary
 from llmhub_meter.errors import MeteringUnavailable
@@ -371,3 +371,31 @@ def test_an_answer_too_large_to_keep_is_charged(
     found = site.post(f"/v1/{path}", **body)
     assert found.content == raw
     assert site.record(found)["credits"] == credits
+
+
+def test_a_broken_table_in_redis_does_not_end_the_following(site: Hub) -> None:
+    with closing(connect(site.redis_url)) as redis:
+        good = redis.hgetall(keys.PRICES)
+        redis.hset(keys.PRICES, mapping={"table": "{", "version": "broken"})
+        time.sleep(0.8)
+        assert site.chat().headers["x-credits-used"] == "90"
+        dearer = str(good["table"]).replace('"per_request":"100"', '"per_request":"200"')
+        redis.hset(keys.PRICES, mapping={"table": dearer, "version": "next"})
+        deadline = time.monotonic() + 5
+        while site.chat("m-flat").headers["x-credits-used"] != "200":
+            assert time.monotonic() < deadline
+
+
+async def test_a_client_that_leaves_while_credits_are_reserved_pays_nothing(site: Hub) -> None:
+    body = json.dumps({"model": "m-chat", "messages": [{"role": "user", "content": "hi"}]}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {site.key}\r\n"
+    await asyncio.to_thread(site.chat)
+    with closing(connect(site.redis_url)) as redis:
+        redis.client_pause(700)
+        async with raw_connection(site.url) as (_, writer):
+            writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+            await asyncio.sleep(0.2)
+        await asyncio.sleep(1)
+    holder = await asyncio.to_thread(site.wait_until_free)
+    assert len(site.upstream.seen) == 1
+    assert holder.figures.balance == (100_000 - 90) * 10_000
