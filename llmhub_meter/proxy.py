@@ -64,7 +64,8 @@ class _Proxy:
         if context is None:
             await self._pages(scope, receive, send)
             return
-        upstream = self._upstreams.get(context.upstream or "")
+        # A model that the table does not know goes to the default, which is the first.
+        upstream = self._upstreams.get(context.upstream or next(iter(self._upstreams), ""))
         if upstream is None:
             error = UpstreamError(f"There is no upstream for the model {context.model!r}.")
             await send_error(send, error, anthropic=context.anthropic)

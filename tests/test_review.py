@@ -399,3 +399,12 @@ async def test_a_client_that_leaves_while_credits_are_reserved_pays_nothing(site
     holder = await asyncio.to_thread(site.wait_until_free)
     assert len(site.upstream.seen) == 1
     assert holder.figures.balance == (100_000 - 90) * 10_000
+
+
+def test_an_unknown_model_goes_free_to_the_first_upstream(redis_url: str) -> None:
+    with hub(redis_url, credits=0, metering={"unknown_models": "free"}) as site:
+        site.upstream.json(chat_answer(usage=usage(1000, 500)))
+        answer = site.chat("m new")
+        assert (answer.status_code, answer.headers["x-credits-used"]) == (200, "0")
+        record = site.record(answer)
+        assert (record["model"], record["tokens"]["total_tokens"]) == ("m new", 1500)
