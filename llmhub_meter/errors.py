@@ -80,27 +80,27 @@ class WalletError(MeterError):
 
 
 class AccountExists(WalletError):
-    pass
+    """The name is taken."""
 
 
 class UnknownAccount(WalletError):
-    pass
+    """There is no such account."""
 
 
 class UnknownKey(WalletError):
-    pass
+    """There is no such key."""
 
 
 class UnknownRequest(WalletError):
-    pass
+    """There is no such request, or its record is gone."""
 
 
 class OverCap(WalletError):
-    pass
+    """A balance would pass what an account can hold."""
 
 
 class IdConflict(WalletError):
-    pass
+    """One id was used for two different amounts."""
 
 
 class ApiError(MeterError):

@@ -5,6 +5,7 @@ usage stands in a JSON answer and in a stream, and how a stream of its kind ends
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -206,7 +207,7 @@ class StreamReader:
         return True
 
 
-class Dialect:
+class Dialect(ABC):
     """One API shape."""
 
     name: ClassVar[str]
@@ -222,6 +223,8 @@ class Dialect:
     """Body fields that limit the output."""
     asks_for_usage: ClassVar[bool] = False
     """Whether streams report usage only where `stream_options.include_usage` asks for it."""
+    named_events: ClassVar[bool] = False
+    """Whether the events of a stream have names, `error` among them, and no `[DONE]` ends it."""
     free: ClassVar[bool] = False
     """Whether a call costs nothing, whatever its model costs."""
     binary: ClassVar[bool] = False
@@ -230,13 +233,13 @@ class Dialect:
     """Whether errors come in Anthropic's envelope."""
     reader: ClassVar[type[StreamReader]] = StreamReader
 
+    @abstractmethod
     def ask(self, body: Body) -> Ask:
         """What the body asks for. Raises InvalidRequest, UnsupportedState."""
-        raise NotImplementedError
 
+    @abstractmethod
     def prompt(self, body: Body, model: str) -> Prompt:
         """What there is to count in the body."""
-        raise NotImplementedError
 
     def unpriced(self, body: Body) -> Iterator[str]:
         """Parameters that raise the upstream's price and have none in the table."""
@@ -251,9 +254,9 @@ class Dialect:
                 return Reported.read(usage)
         return None
 
+    @abstractmethod
     def output(self, answer: Body) -> Output:
         """What a JSON answer delivered."""
-        raise NotImplementedError
 
     def measure(self, usage: Usage, ask: Ask, answer: Answer) -> Usage:
         """Adds to a JSON answer's token usage what is not measured in tokens."""
@@ -265,12 +268,14 @@ class Dialect:
 
     def error_event(self, error: ApiError) -> bytes:
         """The last event of a stream that ends early."""
+        if self.named_events:
+            return sse.data_event(error_json(error, anthropic=True), name="error")
         return sse.data_event(error_json(error))
 
     @property
     def end_event(self) -> bytes:
         """What ends a stream of this dialect, if anything does."""
-        return sse.DONE
+        return b"" if self.named_events else sse.DONE
 
     def check_priced(self, body: Body) -> None:
         """Raises UnsupportedParameter for what has no price."""

@@ -6,9 +6,6 @@ Priced by tokens where the model has token prices, else by what came back.
 from dataclasses import replace
 from typing import Any
 
-from .. import sse
-from ..errors import ApiError
-from ..replies import error_json
 from ..types import Usage
 from .base import (
     Answer,
@@ -47,6 +44,7 @@ class Images(Dialect):
     types = frozenset({"image"})
     units = frozenset({"1K tokens", "generation"})
     money_keys = Dialect.money_keys | {"size", "quality", "partial_images"}
+    named_events = True
     reader = ImagesReader
 
     def ask(self, body: Body) -> Ask:
@@ -75,13 +73,6 @@ class Images(Dialect):
 
     def measure_stream(self, usage: Usage, ask: Ask, output: Output) -> Usage:
         return replace(usage, images=output.images, size=ask.size, quality=ask.quality)
-
-    def error_event(self, error: ApiError) -> bytes:
-        return sse.data_event(error_json(error), name="error")
-
-    @property
-    def end_event(self) -> bytes:
-        return b""
 
 
 def _name(body: Body, field: str) -> str | None:

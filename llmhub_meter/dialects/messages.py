@@ -8,9 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from .. import sse
-from ..errors import ApiError, InvalidRequest
-from ..replies import error_json
+from ..errors import InvalidRequest
 from ..tokens import chat_text
 from .base import (
     Answer,
@@ -77,6 +75,7 @@ class Messages(Dialect):
     maximum_fields = ("max_tokens",)
     money_keys = Dialect.money_keys | {"max_tokens", "container", "mcp_servers", "speed", "tools"}
     anthropic = True
+    named_events = True
     reader = MessagesReader
 
     def ask(self, body: Body) -> Ask:
@@ -115,13 +114,6 @@ class Messages(Dialect):
                 output.seen = True
                 _read_block(output, (index,), block)
         return output
-
-    def error_event(self, error: ApiError) -> bytes:
-        return sse.data_event(error_json(error, anthropic=True), name="error")
-
-    @property
-    def end_event(self) -> bytes:
-        return b""
 
 
 class CountTokens(Messages):

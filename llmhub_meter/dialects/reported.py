@@ -20,7 +20,7 @@ _APART = ("cache_read_input_tokens", "cache_creation_input_tokens")
 
 
 class _Nonsense(Exception):
-    pass
+    """A value that is no count."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,10 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import msgspec
-
-from .. import sse
-from ..errors import ApiError, InvalidRequest
+from ..errors import InvalidRequest
 from ..tokens import chat_text
 from .base import (
     Ask,
@@ -61,6 +58,7 @@ class Responses(Dialect):
     types = frozenset({"chat"})
     maximum_fields = ("max_output_tokens",)
     money_keys = Dialect.money_keys | {*maximum_fields, *_STATE, "tools"}
+    named_events = True
     reader = ResponsesReader
 
     def ask(self, body: Body) -> Ask:
@@ -106,14 +104,6 @@ class Responses(Dialect):
             for field in ("name", "arguments", "input"):
                 output.add((index, field), item.get(field))
         return output
-
-    def error_event(self, error: ApiError) -> bytes:
-        body = {"type": "error", "error": error.body()}
-        return sse.data_event(msgspec.json.encode(body), name="error")
-
-    @property
-    def end_event(self) -> bytes:
-        return b""
 
 
 class InputTokens(Responses):
