@@ -85,7 +85,7 @@ class Accounts:
                     yield _holder(id, _mapping(fields))
 
     async def set(self, name_or_id: str, changes: Mapping[str, str]) -> Holder:
-        """Changes fields of an account: `email`, `status` (active or suspended).
+        """Changes fields of an account: `email` (empty for none), `status` (active or suspended).
 
         Raises UnknownAccount, WalletError for a field or value that can't be.
         """
@@ -94,7 +94,7 @@ class Accounts:
                 raise WalletError(f"{field!r} can't be set; can be: {', '.join(_SETTABLE)}")
             if field == "status" and value not in ("active", "suspended"):
                 raise WalletError(f"status is active or suspended, not {value!r}")
-            if field == "email":
+            if field == "email" and value:
                 _check_email(value)
         holder = await self.get(name_or_id)
         if not changes:
@@ -269,7 +269,7 @@ def _holder(id: str, fields: Mapping[str, str]) -> Holder:
     account = Account(
         id,
         fields.get("name", id),
-        fields.get("email"),
+        fields.get("email") or None,
         "suspended" if fields.get("status") == "suspended" else "active",
         int(fields.get("created", "0")),
     )

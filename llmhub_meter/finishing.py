@@ -46,15 +46,21 @@ class Finisher:
     async def drain(self, seconds: float) -> None:
         """Waits for what runs and what has to be repeated, at most so long."""
         deadline = time.monotonic() + seconds
-        while (self._running or self._waiting) and (left := deadline - time.monotonic()) > 0:
-            pending = set(self._running) | ({self._retrying} if self._retrying else set())
-            await asyncio.wait(pending, timeout=min(left, 0.1)) if pending else await asyncio.sleep(0)
+        while (pending := self._pending()) and (left := deadline - time.monotonic()) > 0:
+            await asyncio.wait(pending, timeout=min(left, 0.1))
+        retries = self._retrying is not None and not self._retrying.done()
         if self._retrying is not None:
             self._retrying.cancel()
-        if lost := len(self._running) + len(self._waiting):
+        # The one that is being repeated at this moment may be the last, and no longer among the waiting.
+        if lost := len(self._running) + max(len(self._waiting), retries):
             logger.error("%d endings could not reach Redis; their holds return with their leases", lost)
         for task in set(self._running):
             task.cancel()
+
+    def _pending(self) -> set[asyncio.Task[Any]]:
+        """What still runs; the retrying task runs for as long as anything waits."""
+        retrying = {self._retrying} if self._retrying is not None and not self._retrying.done() else set()
+        return self._running | retrying
 
     async def _attempt(self, end: End) -> Ending | None:
         try:
@@ -75,7 +81,7 @@ class Finisher:
         pause = 0.1
         while self._waiting:
             await asyncio.sleep(pause)
-            deadline, end = self._waiting[0]
+            deadline, end = self._waiting.popleft()
             try:
                 await end()
                 pause = 0.0
@@ -83,7 +89,6 @@ class Finisher:
                 pause = min(1.0, pause * 2 or 0.1)
                 if time.monotonic() < deadline:
                     # One that can't end (its account is gone, its server is away) must not stop the others.
-                    self._waiting.rotate(-1)
+                    self._waiting.append((deadline, end))
                     continue
                 logger.error("an ending could not reach Redis in %d s and is given up", RETRY_SECONDS)
-            self._waiting.popleft()

@@ -280,6 +280,8 @@ class Meter:
         `output` gives what was delivered, where that is needed; `sent` is the maximum of output tokens that
         went upstream, over all choices.
         """
+        if quote.dialect.free:
+            return Usage()
         if reported is None:
             return await self._estimate(quote, output())
         usage = reported.usage
@@ -421,6 +423,7 @@ class Meter:
         if self._embedded is not None:
             try:
                 await asyncio.to_thread(self._embedded.ensure_running)
+                logger.warning("the embedded server was away and answers again")
             except ConfigError as error:
                 logger.error("%s", error.message)
 

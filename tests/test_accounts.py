@@ -208,6 +208,7 @@ async def test_fields_of_an_account_are_set(accounts: Accounts, audited: Scripts
     made = await accounts.create("acme")
     holder = await accounts.set("acme", {"email": "new@example.com", "status": "suspended"})
     assert (holder.account.email, holder.account.status) == ("new@example.com", "suspended")
+    assert (await accounts.set("acme", {"email": ""})).account.email is None
     with pytest.raises(AccountRestricted):
         await Wallet(audited).reserve(keys.new_request_id(made.id), made.id, Terms("m"))
     assert (await accounts.set(made.id, {"status": "active"})).account.status == "active"

@@ -223,6 +223,8 @@ def test_token_counts_pass_and_are_free(redis_url: str) -> None:
         assert (answer.status_code, answer.json()) == (200, {"input_tokens": 2095})
         assert answer.headers["x-credits-used"] == "0"
         assert site.upstream.seen[0].path == "/v1/messages/count_tokens"
+        record = site.record(answer)
+        assert (record["tokens"]["total_tokens"], record["estimated"]) == (0, False)
         site.upstream.json({"object": "response.input_tokens", "input_tokens": 11})
         counted = site.post("/v1/responses/input_tokens", model="m-chat", input="x")
         assert (counted.status_code, counted.headers["x-credits-used"]) == (200, "0")
@@ -272,6 +274,21 @@ def test_speech_is_charged_by_its_characters(site: Hub) -> None:
     site.upstream.json({"error": {"message": "no"}}, 500)
     failed = site.post("/v1/audio/speech", model="m-speak", input="Grüße!", voice="alloy")
     assert (failed.status_code, failed.headers["x-credits-used"]) == (500, "0")
+
+
+@pytest.mark.parametrize("used", [{}, {"usage": {"input_tokens": 3, "output_tokens": 40}}])
+def test_streamed_speech_is_charged_by_its_characters(site: Hub, used: dict[str, Any]) -> None:
+    pieces = [event("speech.audio.delta", audio="QUJD"), event("speech.audio.done", **used)]
+    site.upstream.stream(*pieces)
+    answer = site.post(
+        "/v1/audio/speech", model="m-speak", input="Grüße!", voice="alloy", stream_format="sse"
+    )
+    assert answer.content == b"".join(pieces) + b": credits used=9 remaining=99991\n\n"
+    site.upstream.stream(event("error", error={"message": "no"}))
+    failed = site.post(
+        "/v1/audio/speech", model="m-speak", input="Grüße!", voice="alloy", stream_format="sse"
+    )
+    assert b"credits used=0 " in failed.content
 
 
 def test_a_model_priced_in_another_unit_is_not_served(site: Hub) -> None:

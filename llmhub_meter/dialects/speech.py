@@ -4,9 +4,19 @@ The answer is sound, with no usage in it: charged by the characters of the text.
 """
 
 from dataclasses import replace
+from typing import Any
 
 from ..types import Usage
-from .base import Answer, Ask, Body, Dialect, Output, Prompt, required_text
+from .base import Answer, Ask, Body, Dialect, EventKind, Output, Prompt, StreamReader, required_text
+
+
+class SpeechReader(StreamReader):
+    """With `stream_format: "sse"`: pieces of sound, then a `done` event that may have usage."""
+
+    def take(self, message: dict[str, Any]) -> EventKind:
+        if message.get("type") == "speech.audio.delta" and message.get("audio"):
+            self.output.seen = True
+        return super().take(message)
 
 
 class Speech(Dialect):
@@ -16,6 +26,8 @@ class Speech(Dialect):
     units = frozenset({"1K characters"})
     money_keys = frozenset({"model", "input", "stream_format"})
     binary = True
+    named_events = True
+    reader = SpeechReader
 
     def ask(self, body: Body) -> Ask:
         text = required_text(body, "input")
