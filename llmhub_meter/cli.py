@@ -48,6 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output left. What is still buffered must not fail once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("llmhub_meter"):
+            raise
+        needed = f"this needs {error.name}: run `pip install 'llmhub-meter[server]'`"
+        print(f"llmhub-meter: {needed}", file=sys.stderr)
+        return WRONG_USE
     except (MeterError, OSError) as error:
         print(f"llmhub-meter: {_one_line(str(error))}", file=sys.stderr)
         return WRONG_USE

@@ -393,6 +393,20 @@ def test_the_module_is_a_command_without_tracebacks(tmp_path: Path) -> None:
     assert blocked.returncode == 2 and blocked.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(("verb", "missing"), [("demo", "aiohttp"), ("serve", "uvicorn")])
+def test_a_missing_extra_is_named_with_its_cure(verb: str, missing: str, tmp_path: Path) -> None:
+    # As after `pip install llmhub-meter` without the extra: the import finds nothing.
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None\n"
+        f"from llmhub_meter.cli import main; sys.exit(main([{verb!r}]))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == 2
+    assert ended.stderr == f"llmhub-meter: this needs {missing}: run `pip install 'llmhub-meter[server]'`\n"
+
+
 def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)
