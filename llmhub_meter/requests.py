@@ -131,7 +131,10 @@ def _refuse_repeated(body: bytes, dialect: Dialect) -> None:
         return {"pairs": pairs}
 
     # The hook sees inner objects first, so only the last, outermost one is looked at.
-    outermost = json.loads(body, object_pairs_hook=check)["pairs"]
+    try:
+        outermost = json.loads(body, object_pairs_hook=check)["pairs"]
+    except RecursionError:
+        raise InvalidRequest("The request body is nested too deeply.") from None
     seen: set[str] = set()
     for key, _ in outermost:
         if key in seen and key in dialect.money_keys:

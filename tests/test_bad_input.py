@@ -28,6 +28,10 @@ BAD_BODIES = {
     "NaN": (f'{{"model":"m-chat",{MESSAGES},"temperature":NaN}}'.encode(), 400),
     "a list": (b"[]", 400),
     "deep": (b"[" * 100_000, 400),
+    "deep, and twice": (
+        b'{"model":"m-chat","model":"m-free","messages":' + b"[" * 900 + b"]" * 900 + b"}",
+        400,
+    ),
     "no model": (f"{{{MESSAGES}}}".encode(), 400),
     "model null": (f'{{"model":null,{MESSAGES}}}'.encode(), 400),
     "model a number": (f'{{"model":1,{MESSAGES}}}'.encode(), 400),
