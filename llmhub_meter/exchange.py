@@ -228,9 +228,10 @@ class Exchange:
                 await self._answer_json(b"".join(self._parts))
             elif self._size > MAX_BUFFERED_BYTES:
                 self._kind = "large"
-                self._head = b"".join(self._parts)[:TAIL_BYTES]
+                whole = b"".join(self._parts)
+                self._head, self._parts = whole[:TAIL_BYTES], []
                 await self._send_start(self._start)
-                await self._pass_large(b"".join(self._parts), more)
+                await self._pass_large(whole, more)
         elif self._kind == "large":
             await self._pass_large(data, more)
         elif self._kind == "binary":

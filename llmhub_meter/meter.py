@@ -113,7 +113,6 @@ class Meter:
         `background` also sweeps expired holds from this process. With `adopt_prices` a table that is in force
         already stays, instead of being replaced at the start. Raises ConfigError.
         """
-        self._redis_url = redis
         self._prices = (
             prices
             if isinstance(prices, PriceTable)
@@ -330,20 +329,17 @@ class Meter:
 
     def _find(self, table: PriceTable, name: str, dialect: Dialect) -> Model:
         model = table.find(name)
-        if model is None and not (len(name) <= MAX_MODEL_NAME and name.isprintable()):
+        if model is not None:
+            return model
+        if len(name) > MAX_MODEL_NAME or not name.isprintable():
             # Lone surrogates could not be recorded.
             raise ModelNotFound("The model does not exist: its name can't be one.", param="model")
-        if model is None and self.rules.unknown_models == "free":
+        if self.rules.unknown_models == "free":
             return Model(name, type=sorted(dialect.types)[0], free=True, unit="1K tokens")  # type: ignore[arg-type]
-        if model is None and self.rules.unknown_models != "refuse":
-            model = table.find(self.rules.unknown_models)
-            if model is not None:
-                return replace(model, name=name, upstream_model=None)
-        if model is None:
-            raise ModelNotFound(
-                f"The model {name[:200]!r} does not exist or is not available here.", param="model"
-            )
-        return model
+        stand_in = None if self.rules.unknown_models == "refuse" else table.find(self.rules.unknown_models)
+        if stand_in is None:
+            raise ModelNotFound(f"The model {name!r} does not exist or is not available here.", param="model")
+        return replace(stand_in, name=name, upstream_model=None)
 
     def _prompt(self, quote: Quote) -> Prompt:
         if quote.prompt is None:

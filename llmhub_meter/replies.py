@@ -1,6 +1,6 @@
 """JSON answers over bare ASGI: one function turns an error into its reply."""
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
 import msgspec
@@ -30,16 +30,7 @@ async def send_error(
     await send_bytes(send, error.status, error_json(error, anthropic=anthropic), [*own, *headers])
 
 
-async def send_json(
-    send: Send, status: int, body: Mapping[str, object], *, headers: RawHeaders = (), head: bool = False
-) -> None:
-    """Answer with `body` as JSON; for a HEAD request only its headers."""
-    await send_bytes(send, status, msgspec.json.encode(body), headers, head=head)
-
-
-async def send_bytes(
-    send: Send, status: int, body: bytes, headers: RawHeaders = (), *, head: bool = False
-) -> None:
+async def send_bytes(send: Send, status: int, body: bytes, headers: RawHeaders = ()) -> None:
     await send(
         {
             "type": "http.response.start",
@@ -51,4 +42,4 @@ async def send_bytes(
             ],
         }
     )
-    await send({"type": "http.response.body", "body": b"" if head else body})
+    await send({"type": "http.response.body", "body": body})

@@ -19,10 +19,9 @@ _decode_raw = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes | None:
     """The whole body; None where the client left before its end. Raises BodyTooLarge."""
-    too_large = BodyTooLarge(f"The request body is larger than {limit} bytes.")
     for name, value in scope["headers"]:
         if name == b"content-length" and value.isdigit() and int(value) > limit:
-            raise too_large
+            raise _too_large(limit)
     parts: list[bytes] = []
     size = 0
     while True:
@@ -32,10 +31,14 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes | None:
         if part := message.get("body", b""):
             size += len(part)
             if size > limit:
-                raise too_large
+                raise _too_large(limit)
             parts.append(part)
         if not message.get("more_body", False):
             return b"".join(parts)
+
+
+def _too_large(limit: int) -> BodyTooLarge:
+    return BodyTooLarge(f"The request body is larger than {limit} bytes.")
 
 
 def parse(body: bytes, dialect: Dialect) -> dict[str, Any]:

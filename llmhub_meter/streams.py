@@ -8,7 +8,6 @@ from .errors import ApiError, InsufficientCredits, MeteringUnavailable, Upstream
 from .meter import Metered, Receipt
 from .money import credits
 from .tokens import count_in_thread
-from .types import Figures
 
 EXTEND_SECONDS = 5.0
 """How long the relay stops for an extension before it ends the stream."""
@@ -160,6 +159,6 @@ class StreamRelay:
 
 def _fields(receipt: Receipt) -> dict[str, str]:
     fields = {"credits_used": credits(receipt.used)}
-    if isinstance(receipt.figures, Figures):
+    if receipt.figures is not None:
         fields["credits_remaining"] = credits(receipt.figures.remaining)
     return fields

@@ -5,8 +5,6 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Literal
 
-Admission = Literal["ok", "exists"]
-HoldState = Literal["held", "settled", "released", "expired"]
 KeyKind = Literal["sk", "pk"]
 
 

@@ -13,9 +13,7 @@ local wallet, id = KEYS[1], ARGV[1]
 local packed = redis.call("HGET", HOLDS, id)
 if packed then
   local amount = string.match(packed, "^(%S+)")
-  redis.call("HDEL", HOLDS, id)
-  redis.call("ZREM", LEASES, id)
-  redis.call("HINCRBY", wallet, "held", minus(amount))
+  end_hold(wallet, id, amount)
   local balance = redis.call("HGET", wallet, "balance") or "0"
   local entry = append(wallet, ARGV[2], id, "release", "0", "0", amount, "0", balance, ARGV[3])
   remember(id, "released 0 " .. entry)

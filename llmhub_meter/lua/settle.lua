@@ -15,9 +15,7 @@ local packed = redis.call("HGET", HOLDS, id)
 local amount, late = "0", "1"
 if packed then
   amount, late = string.match(packed, "^(%S+)"), "0"
-  redis.call("HDEL", HOLDS, id)
-  redis.call("ZREM", LEASES, id)
-  redis.call("HINCRBY", wallet, "held", minus(amount))
+  end_hold(wallet, id, amount)
 else
   local ended = redis.call("HGET", done_of(id), id)
   if ended then

@@ -28,6 +28,13 @@ local function remember(id, value)
   redis.call("EXPIRE", done, REMEMBERED_SECONDS)
 end
 
+-- A hold is over: what it set aside returns. How it ended is said by an entry.
+local function end_hold(wallet, id, amount)
+  redis.call("HDEL", HOLDS, id)
+  redis.call("ZREM", LEASES, id)
+  redis.call("HINCRBY", wallet, "held", minus(amount))
+end
+
 local function figures(wallet)
   local found = redis.call("HMGET", wallet, "balance", "held", "promo")
   return found[1] or "0", found[2] or "0", found[3] or "0"

@@ -2,9 +2,7 @@
 local function expire(id, packed)
   local amount, _, account = string.match(packed, "^(%S+) (%S+) (%S+)")
   local wallet = wallet_of(account)
-  redis.call("HDEL", HOLDS, id)
-  redis.call("ZREM", LEASES, id)
-  redis.call("HINCRBY", wallet, "held", minus(amount))
+  end_hold(wallet, id, amount)
   local balance = redis.call("HGET", wallet, "balance") or "0"
   local entry = append(wallet, account, id, "expire", "0", "0", amount, "0", balance, "{}")
   remember(id, "expired 0 " .. entry)
