@@ -1,12 +1,12 @@
 """One admitted request: forward it, read the usage in the answer, end its hold once."""
 
 import asyncio
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from . import requests
+from .codings import Decoder, Undecodable, decoded
 from .dialects import Answer, Output
 from .errors import ApiError, UpstreamError
 from .meter import Meter, Metered, Receipt
@@ -91,6 +91,8 @@ class Exchange:
         self._size = 0
         self._head = b""
         self._relay = StreamRelay(metered, comment=meter.rules.sse_comment)
+        self._decoder: Decoder | None = None
+        """Of a compressed stream, which is read from a decoded copy and passed on as it came."""
         self._lock = asyncio.Lock()
         self._complete = False
         """The client has its whole answer."""
@@ -150,9 +152,9 @@ class Exchange:
                 await self._answer_instead(UpstreamError("The application sent no answer."))
 
     def _inner_scope(self) -> Scope:
-        """The app's scope: the body's new length, our request id, and no way to send files past us."""
+        """The app's scope: the new body's length, our request id, and no way to send files past us."""
         scope = dict(self.scope)
-        dropped = (b"content-length", b"transfer-encoding", b"x-request-id")
+        dropped = (b"content-length", b"content-encoding", b"transfer-encoding", b"x-request-id")
         scope["headers"] = [
             *((name, value) for name, value in self.scope["headers"] if not _ours(name, dropped)),
             (b"content-length", str(len(self._body)).encode()),
@@ -208,10 +210,15 @@ class Exchange:
             self._kind = "passed"
             await self._send_start(message, await self.metered.release(http=status))
         elif _header(message, b"content-type") == b"text/event-stream":
-            if _coding(message) is not None:
-                await self._answer_instead(UpstreamError("The upstream compressed its stream."))
-                self._stop_app()
-                return
+            if (coding := _coding(message)) is not None:
+                try:
+                    self._decoder = Decoder(coding, MAX_BUFFERED_BYTES)
+                except Undecodable:
+                    await self._answer_instead(
+                        UpstreamError("The upstream compressed its stream in a way that is not known.")
+                    )
+                    self._stop_app()
+                    return
             self._kind = "stream"
             await self._send_start(message)
         else:
@@ -242,7 +249,11 @@ class Exchange:
     async def _answer_json(self, body: bytes) -> None:
         """Settles, then answers with exact headers and the body as it came."""
         coding = _coding(self._start)
-        answer = Answer(body if coding is None else decoded(body, coding, MAX_BUFFERED_BYTES))
+        try:
+            clear = body if coding is None else decoded(body, coding, MAX_BUFFERED_BYTES)
+        except Undecodable:
+            clear = b""
+        answer = Answer(clear)
         if not answer.is_object:
             self._kind = "none"
             await self._answer_instead(
@@ -295,7 +306,18 @@ class Exchange:
 
     async def _pass_events(self, data: bytes, more: bool) -> None:
         relay = self._relay
-        passed = await relay.feed(data)
+        if self._decoder is not None:
+            try:
+                clear = self._decoder.feed(data)
+            except Undecodable:
+                await relay.finish("broken")
+                await self._send_body(b"", False)
+                self._stop_app()
+                return
+            await relay.feed(clear)
+            passed = b"" if relay.cut is not None else data
+        else:
+            passed = await relay.feed(data)
         if relay.cut is not None or not more:
             await self._end_stream(passed)
             return
@@ -310,7 +332,9 @@ class Exchange:
             # What is there goes on before the settle is waited for.
             await self._send_body(passed, True)
             passed = b""
-        await self._send_body(passed + await self._relay.finish("cut" if cut else "ok"), False)
+        last = await self._relay.finish("cut" if cut else "ok")
+        # Nothing of ours can stand inside a compressed stream.
+        await self._send_body(passed + last if self._decoder is None else b"", False)
         if cut:
             self._stop_app()
 
@@ -324,7 +348,7 @@ class Exchange:
             if self._relay.done:
                 await self._end_stream()
                 self._stop_app()
-            else:
+            elif self._decoder is None:
                 await self._send_body(self._relay.let_go(), True)
 
     async def _app_failed(self, error: Exception) -> None:
@@ -341,7 +365,8 @@ class Exchange:
             await self._end_stream()
             return
         elif self._kind == "stream" and not self._complete:
-            await self._send_body(await self._relay.finish("broken"), True)
+            last = await self._relay.finish("broken")
+            await self._send_body(last if self._decoder is None else b"", True)
         raise error
 
     async def _answer_instead(self, error: ApiError) -> None:
@@ -421,14 +446,3 @@ def _header(message: Message, wanted: bytes) -> bytes:
         if name.lower() == wanted:
             return bytes(value).split(b";")[0].strip().lower()
     return b""
-
-
-def decoded(body: bytes, coding: bytes, limit: int) -> bytes:
-    """A compressed body in clear, at most `limit` bytes of it; empty for a coding that is not known."""
-    if coding not in (b"gzip", b"x-gzip", b"deflate"):
-        return b""
-    try:
-        # 32 more than the window: gzip and zlib are told apart by their heads.
-        return zlib.decompressobj(zlib.MAX_WBITS + 32).decompress(body, limit)
-    except zlib.error:
-        return b""

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from .codings import TooLarge, Undecodable, decoded
 from .dialects import Dialect
 from .dialects.base import UNREADABLE
 from .errors import BodyTooLarge, InvalidRequest
@@ -18,7 +19,10 @@ _decode_raw = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes | None:
-    """The whole body; None where the client left before its end. Raises BodyTooLarge."""
+    """The whole body in clear; None where the client left before its end.
+
+    Raises BodyTooLarge, and InvalidRequest for a content coding that can't be undone.
+    """
     for name, value in scope["headers"]:
         if name == b"content-length" and value.isdigit() and int(value) > limit:
             raise _too_large(limit)
@@ -34,7 +38,21 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes | None:
                 raise _too_large(limit)
             parts.append(part)
         if not message.get("more_body", False):
-            return b"".join(parts)
+            return _in_clear(scope, b"".join(parts), limit)
+
+
+def _in_clear(scope: Scope, body: bytes, limit: int) -> bytes:
+    coding = b",".join(value for name, value in scope["headers"] if name == b"content-encoding")
+    if not coding:
+        return body
+    try:
+        return decoded(body, coding, limit)
+    except TooLarge:
+        raise _too_large(limit) from None
+    except Undecodable:
+        raise InvalidRequest(
+            "The body is not in its Content-Encoding; known are gzip, deflate, br and zstd."
+        ) from None
 
 
 def _too_large(limit: int) -> BodyTooLarge:

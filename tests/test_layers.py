@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "llmhub_meter"
 
 ROWS: tuple[tuple[str, ...], ...] = (
-    ("errors", "types", "money", "config", "keys", "replies", "telemetry"),
+    ("errors", "types", "money", "config", "keys", "replies", "telemetry", "codings"),
     ("pricing", "dialects", "tokens", "sse"),
     ("scripts", "wallet", "accounts", "pricebook", "embedded", "finishing"),
     ("meter",),
