@@ -1,8 +1,9 @@
 """One admitted request: forward it, read the usage in the answer, end its hold once."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from . import requests
@@ -46,6 +47,9 @@ class Context:
     """Whether errors come in Anthropic's envelope."""
     sent: bool = True
     """Whether the request went upstream. An app that knows better sets it to False, and calls `mark_sent`."""
+
+    plain_body: Callable[[], bytes] | None = None
+    """Where the stream's usage was asked for in the client's place: the body without that."""
 
     def mark_sent(self) -> None:
         self.sent = True
@@ -109,9 +113,12 @@ class Exchange:
         watch = asyncio.get_running_loop().create_task(self._watch())
         try:
             field = self.meter.token_field(self.metered.quote.model)
-            self._body = requests.forwarded(
-                body, self.metered, token_field=field, rewrite_model=rewrite_model
+            forwarded = partial(
+                requests.forwarded, body, self.metered, token_field=field, rewrite_model=rewrite_model
             )
+            self._body = forwarded()
+            if requests.asks_in_their_place(self.metered):
+                self.context.plain_body = partial(forwarded, ask_for_usage=False)
             # A client that left while credits were set aside is noticed before anything goes upstream.
             self.context.sent = False
             await asyncio.sleep(0)

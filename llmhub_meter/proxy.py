@@ -17,7 +17,7 @@ from .errors import ApiError, MeteringUnavailable, ModelNotFound, NotFound, Upst
 from .exchange import CONTEXT, Context
 from .meter import Meter
 from .middleware import MeterMiddleware, api_key
-from .replies import ASGIApp, Receive, Scope, Send, error_json, send_error
+from .replies import ASGIApp, Message, Receive, Scope, Send, error_json, send_error
 from .upstream import Upstream
 
 CONFIG_VARIABLE = "LLMHUB_METER_CONFIG"
@@ -60,6 +60,9 @@ class _Proxy:
         self._pages = _pages(meter, upstreams)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await _refuse_websocket(scope, receive, send)
+            return
         context: Context | None = scope.get(CONTEXT)
         if context is None:
             await self._pages(scope, receive, send)
@@ -78,6 +81,8 @@ class _Proxy:
             path=context.path,
             on_sent=context.mark_sent,
             anthropic=context.anthropic,
+            model=context.model,
+            plain_body=context.plain_body,
         )
 
 
@@ -157,6 +162,20 @@ async def _not_found(request: Request, error: Exception) -> Response:
     if request.method == "OPTIONS" and (dialects.find(path) or getattr(error, "status_code", 404) == 405):
         return Response(status_code=204, headers={"allow": "POST" if dialects.find(path) else "GET, HEAD"})
     return await _api_error(request, NotFound(f"There is no {request.method} {path[:200]} here."))
+
+
+async def _refuse_websocket(scope: Scope, receive: Receive, send: Send) -> None:
+    """Nothing is metered over websockets yet, and nothing passes unmetered."""
+    await receive()
+    if "websocket.http.response" not in (scope.get("extensions") or {}):
+        # The server answers 403.
+        await send({"type": "websocket.close", "code": 1008})
+        return
+
+    async def send_wrapper(message: Message) -> None:
+        await send({**message, "type": f"websocket.{message['type']}"})
+
+    await send_error(send_wrapper, NotFound(f"There is no websocket {scope['path'][:200]} here."))
 
 
 def _json(body: Mapping[str, object], *, status: int = 200, private: bool = False) -> Response:

@@ -82,9 +82,20 @@ def parse(body: bytes, dialect: Dialect) -> dict[str, Any]:
     return parsed
 
 
-def forwarded(body: bytes, metered: Metered, *, token_field: str, rewrite_model: bool) -> bytes:
+def asks_in_their_place(metered: Metered) -> bool:
+    """Whether the stream's usage has to be asked for, as the client did not."""
+    ask = metered.quote.ask
+    return ask.stream and metered.quote.dialect.asks_for_usage and not ask.wants_usage
+
+
+def forwarded(
+    body: bytes, metered: Metered, *, token_field: str, rewrite_model: bool, ask_for_usage: bool = True
+) -> bytes:
     """The body as it goes on: as it came, but for what metering or the price table changes."""
     changes = _changes(metered, token_field, rewrite_model)
+    if ask_for_usage and asks_in_their_place(metered):
+        given = metered.quote.body.get("stream_options")
+        changes["stream_options"] = {**(given if isinstance(given, Mapping) else {}), "include_usage": True}
     if not changes:
         return body
     given = metered.quote.body
@@ -99,9 +110,6 @@ def forwarded(body: bytes, metered: Metered, *, token_field: str, rewrite_model:
 def _changes(metered: Metered, token_field: str, rewrite_model: bool) -> dict[str, object]:
     quote = metered.quote
     ask, dialect, changes = quote.ask, quote.dialect, dict[str, object]()
-    if ask.stream and dialect.asks_for_usage and not ask.wants_usage:
-        given = quote.body.get("stream_options")
-        changes["stream_options"] = {**(given if isinstance(given, Mapping) else {}), "include_usage": True}
     if (lowered := metered.lowered_to) is not None:
         own = token_field if token_field in dialect.maximum_fields else dialect.maximum_fields[0]
         # Of several maximums the smaller ones stay.

@@ -10,6 +10,7 @@ import select
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from types import TracebackType
 from typing import Any, Literal
@@ -64,6 +65,7 @@ class Upstream:
             "pool": connect_seconds,
         }
         self._transport = PooledTransport() if transport is None else transport
+        self._plain_models: set[str] = set()
         self._url = lru_cache(maxsize=64)(self._join)
 
     async def forward(
@@ -75,6 +77,8 @@ class Upstream:
         path: str,
         on_sent: Callable[[], None],
         anthropic: bool = False,
+        model: str = "",
+        plain_body: Callable[[], bytes] | None = None,
     ) -> None:
         """Send the request to `path` below the base URL and pass the answer on, piece by piece.
 
@@ -82,22 +86,31 @@ class Upstream:
         request goes out on a connected upstream. A client that goes away ends the upstream call, and
         this returns. Failures before the answer are answered as 502 or 504; later ones raise
         `UpstreamBroken`. With `anthropic` our own errors come in that API's envelope.
+
+        `plain_body` gives the body without the `stream_options` that were added to it. An upstream that
+        refuses these (400 or 422) is asked once more with that, and for this model never again with them.
         """
         client = _Client(receive)
         body = await client.read_body()
         if body is None:
             return
+        if plain_body is not None and model in self._plain_models:
+            body, plain_body = plain_body(), None
         departure = _Departure(on_sent)
-        request = httpx.Request(
-            scope["method"],
-            self._url(path),
-            headers=self._request_headers(scope["headers"], len(body)),
-            content=body if len(body) <= _WHOLE_BODY_BYTES else _slices(body),
-            extensions={"timeout": self._timeout, "trace": departure.trace},
-        )
+
+        def request_with(body: bytes) -> httpx.Request:
+            return httpx.Request(
+                scope["method"],
+                self._url(path),
+                headers=self._request_headers(scope["headers"], len(body)),
+                content=body if len(body) <= _WHOLE_BODY_BYTES else _slices(body),
+                extensions={"timeout": self._timeout, "trace": departure.trace},
+            )
+
+        plain = None if plain_body is None else _Plain(model, plain_body, request_with)
         client.watch()
         try:
-            await self._exchange(request, client, send, departure, anthropic)
+            await self._exchange(request_with(body), client, send, departure, anthropic, plain)
         except _ClientGone:
             pass
         finally:
@@ -114,6 +127,7 @@ class Upstream:
         send: Send,
         departure: "_Departure",
         anthropic: bool,
+        plain: "_Plain | None" = None,
     ) -> None:
         try:
             with client.interruptible():
@@ -123,12 +137,23 @@ class Upstream:
             return
         departure.mark()
         try:
-            if refusal := self._refusal(response.status_code):
+            if plain is not None and response.status_code in (400, 422):
+                refused = await _read_error(response, client)
+                if not _speaks_of_options(refused):
+                    await _send_whole(response, refused, send)
+                    return
+                _logger.info("upstream %s takes no stream_options for %s", self.name, plain.model)
+            elif refusal := self._refusal(response.status_code):
                 await send_error(send, refusal, anthropic=anthropic)
+                return
             else:
                 await _relay(response, client, send)
+                return
         finally:
             await response.aclose()
+        if len(self._plain_models) < _PLAIN_MODELS:
+            self._plain_models.add(plain.model)
+        await self._exchange(plain.request_with(plain.body()), client, send, departure, anthropic)
 
     async def _answer(self, request: httpx.Request) -> httpx.Response:
         try:
@@ -226,6 +251,10 @@ _NOT_RELAYED = _HOP_BY_HOP | {
 # aiohttp writes a body of bytes in one go, and warns of that above this size.
 _WHOLE_BODY_BYTES = 2**20
 _SLICE_BYTES = 2**16
+
+_PLAIN_MODELS = 10_000
+_ERROR_BYTES = 2**20
+_speaks_of_options = re.compile(rb"stream_options|include_usage").search
 
 _breaks_lines = re.compile(rb"[\r\n\0]").search
 
@@ -372,6 +401,33 @@ class _Departure:
     async def trace(self, event: str, info: Mapping[str, Any]) -> None:
         if event.endswith(".send_request_headers.started"):
             self.mark()
+
+
+@dataclass(frozen=True, slots=True)
+class _Plain:
+    """The same request without the stream_options that were added."""
+
+    model: str
+    body: Callable[[], bytes]
+    request_with: Callable[[bytes], httpx.Request]
+
+
+async def _read_error(response: httpx.Response, client: _Client) -> bytes:
+    """The body of an error, which has to be read before it is known whether it goes on."""
+    assert isinstance(response.stream, httpx.AsyncByteStream)
+    pieces = aiter(response.stream)
+    body = b""
+    while (piece := await _next_piece(pieces, client)) is not None:
+        body += piece
+        if len(body) > _ERROR_BYTES:
+            raise UpstreamBroken("The upstream's error is too long.")
+    return body
+
+
+async def _send_whole(response: httpx.Response, body: bytes, send: Send) -> None:
+    headers = _answer_headers(response.headers.raw)
+    await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 async def _relay(response: httpx.Response, client: _Client, send: Send) -> None:
