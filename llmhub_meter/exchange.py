@@ -29,7 +29,9 @@ MAX_BUFFERED_BYTES = 64 * 1024 * 1024
 TAIL_BYTES = 256 * 1024
 
 _EXPOSED = b"x-credits-used, x-credits-remaining, x-credits-reserved, x-request-id"
-_SEND_FILES = ("http.response.pathsend", "http.response.zerocopysend")
+_TRAILERS = "http.response.trailers"
+_NOT_FOR_APPS = ("http.response.pathsend", "http.response.zerocopysend", _TRAILERS)
+"""Ways past us to the client, and the trailers, which are ours."""
 
 
 @dataclass(slots=True)
@@ -97,6 +99,7 @@ class Exchange:
         self._relay = StreamRelay(metered, comment=meter.rules.sse_comment)
         self._decoder: Decoder | None = None
         """Of a compressed stream, which is read from a decoded copy and passed on as it came."""
+        self._trailers = False
         self._lock = asyncio.Lock()
         self._complete = False
         """The client has its whole answer."""
@@ -170,7 +173,7 @@ class Exchange:
         scope["extensions"] = {
             name: value
             for name, value in (self.scope.get("extensions") or {}).items()
-            if name not in _SEND_FILES
+            if name not in _NOT_FOR_APPS
         }
         scope[CONTEXT] = self.context
         return scope
@@ -261,6 +264,9 @@ class Exchange:
         except Undecodable:
             clear = b""
         answer = Answer(clear)
+        quote = self.metered.quote
+        if not answer.is_object and quote.dialect.answers_text(quote.body):
+            answer = Answer.of_text(clear)
         if not answer.is_object:
             self._kind = "none"
             await self._answer_instead(
@@ -391,6 +397,7 @@ class Exchange:
             # The upstream works on the input all the same.
             quote = self.metered.quote
             usage = await self.meter.usage(quote, None, Output, sent=None)
+            usage = quote.dialect.measure_stream(usage, quote.ask, Output())
             await self.metered.settle(usage, end="gone")
         else:
             await self.metered.release(end="gone" if self._stopped else "broken")
@@ -403,6 +410,10 @@ class Exchange:
             (name, value) for name, value in message.get("headers", ()) if not _ours(name.lower(), dropped)
         ]
         headers += self._credit_headers(receipt)
+        if self._kind == "stream" and _TRAILERS in (self.scope.get("extensions") or {}):
+            self._trailers = True
+            message = {**message, "trailers": True}
+            headers.append((b"trailer", b"x-credits-used, x-credits-remaining"))
         if any(name.lower() == b"access-control-allow-origin" for name, _ in headers):
             headers.append((b"access-control-expose-headers", _EXPOSED))
         await self.send({**message, "headers": headers})
@@ -421,6 +432,10 @@ class Exchange:
             return
         self._complete = not more
         await self.send({"type": "http.response.body", "body": data, "more_body": more})
+        if self._trailers and not more:
+            receipt = self._relay.receipt
+            final = [] if receipt is None else self._credit_headers(receipt)[1:]
+            await self.send({"type": _TRAILERS, "headers": final, "more_trailers": False})
 
 
 def credit_headers(

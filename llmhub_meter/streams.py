@@ -28,6 +28,8 @@ class StreamRelay:
         self.reader = quote.dialect.reader(quote.ask)
         self.cut: ApiError | None = None
         """Why the stream has to end here, when it has to."""
+        self.receipt: Receipt | None = None
+        """The final figures, once it is settled."""
         self._comment = comment
         self._splitter = sse.EventSplitter()
         self._usage_event = b""
@@ -69,7 +71,7 @@ class StreamRelay:
             await self._take(rest + b"\n\n", passed)
         if how == "ok" and self.cut is not None:
             how = "cut"
-        receipt = await self._settle(how)
+        receipt = self.receipt = await self._settle(how)
         if how == "ok" and not self.reader.readable and not self.reader.failed:
             self.cut = UpstreamError("The upstream's stream could not be read. Nothing was charged.")
         fields = _fields(receipt)
