@@ -9,7 +9,9 @@ MeterError
 └── ApiError                       answered to a client: status, type, code, param
     ├── InvalidRequest             400
     │   ├── UnsupportedParameter · UnsupportedState
-    │   └── BodyTooLarge           413
+    │   ├── BodyTooLarge           413
+    │   ├── IdempotencyInProgress · IdempotencyReplay   409
+    │   └── IdempotencyMismatch    422
     ├── InvalidApiKey              401
     ├── PermissionDenied           403
     ├── AccountRestricted          403
@@ -37,6 +39,9 @@ __all__ = [
     "ConfigError",
     "CreditsHeld",
     "IdConflict",
+    "IdempotencyInProgress",
+    "IdempotencyMismatch",
+    "IdempotencyReplay",
     "InsufficientCredits",
     "InvalidApiKey",
     "InvalidRequest",
@@ -139,6 +144,48 @@ class UnsupportedState(InvalidRequest):
 class BodyTooLarge(InvalidRequest):
     status = 413
     code = "request_too_large"
+
+
+class IdempotencyInProgress(InvalidRequest):
+    """The first request with this idempotency key is still running."""
+
+    status = 409
+    code = "idempotency_in_progress"
+
+    def __init__(self, request: str) -> None:
+        super().__init__(f"The request {request} with this Idempotency-Key is still running.")
+
+    def headers(self) -> dict[str, str]:
+        return {"retry-after": "1"}
+
+
+class IdempotencyReplay(InvalidRequest):
+    """The first request with this idempotency key was charged. Its answer is not kept."""
+
+    status = 409
+    code = "idempotency_replay"
+
+    def __init__(self, request: str) -> None:
+        super().__init__(
+            f"The request {request} with this Idempotency-Key was charged already. This one was not sent; "
+            "answers are not stored."
+        )
+
+    def headers(self) -> dict[str, str]:
+        return {"x-should-retry": "false"}
+
+
+class IdempotencyMismatch(InvalidRequest):
+    """One idempotency key came with two different requests."""
+
+    status = 422
+    code = "idempotency_mismatch"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This Idempotency-Key was used with another body or path. Take a new key.",
+            param="Idempotency-Key",
+        )
 
 
 class InvalidApiKey(ApiError):

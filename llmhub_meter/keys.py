@@ -85,6 +85,11 @@ def done(request: str) -> str:
     return _key(partition_of(request), "done", str(started_at(request) // DONE_BUCKET_MS))
 
 
+def idempotency(account: str, digest: str) -> str:
+    """Hash: request, body and charge that a client's idempotency key, by its SHA-256 in hex, stands for."""
+    return _key(partition(account), "idem", account, digest)
+
+
 def key_id(digest: str) -> str:
     """The public id of an API key, from its SHA-256 in hex, which begins with the partition."""
     return f"key_{digest[:24]}"

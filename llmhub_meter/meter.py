@@ -39,7 +39,7 @@ from .pricebook import PriceBook
 from .pricing.table import Model, PriceTable
 from .scripts import Scripts, connect
 from .tokens import count_pieces
-from .types import Account, ApiKey, Charge, Figures, Hold, Usage
+from .types import Account, ApiKey, Charge, Figures, Hold, Idempotency, Usage
 from .wallet import Terms, Wallet
 
 logger = logging.getLogger("llmhub_meter")
@@ -237,21 +237,24 @@ class Meter:
             model = replace(model, free=True)
         return Quote(dialect, body, ask, model, table.version)
 
-    async def reserve(self, payer: Payer, quote: Quote, *, body_bytes: int) -> "Metered":
+    async def reserve(
+        self, payer: Payer, quote: Quote, *, body_bytes: int, idempotency: Idempotency | None = None
+    ) -> "Metered":
         """Sets credits aside for a quoted request; from then on it must be settled or released.
 
-        Raises InsufficientCredits, CreditsHeld, AccountRestricted, MeteringUnavailable.
+        Raises InsufficientCredits, CreditsHeld, AccountRestricted, IdempotencyInProgress, IdempotencyReplay,
+        IdempotencyMismatch, MeteringUnavailable.
         """
         account = payer.account.id
         request = keys.new_request_id(account)
         terms = self._terms(quote, self._bound(quote, body_bytes))
-        hold = await self._reserve(request, payer, terms)
+        hold = await self._reserve(request, payer, terms, idempotency)
         if hold is None:
             terms = self._terms(quote, await self.prompt_tokens(quote), exact=True)
-            hold = await self._reserve(request, payer, terms)
+            hold = await self._reserve(request, payer, terms, idempotency)
         if hold is None:
             raise AssertionError("an exact input was sent back to be counted")
-        metered = Metered(self, payer, quote, hold, terms)
+        metered = Metered(self, payer, quote, hold, terms, idempotency)
         self._running[request] = metered
         return metered
 
@@ -308,20 +311,24 @@ class Meter:
         counted = await count_pieces(output.pieces(), 0, quote.model.name)
         return Usage(await self.prompt_tokens(quote), counted, estimated=True)
 
-    async def _reserve(self, request: str, payer: Payer, terms: Terms) -> Hold | None:
+    async def _reserve(
+        self, request: str, payer: Payer, terms: Terms, idempotency: Idempotency | None
+    ) -> Hold | None:
         try:
-            return await self._hold(request, payer.account.id, terms)
+            return await self._hold(request, payer.account.id, terms, idempotency)
         except UnknownAccount:
             await self.scripts.check_epoch()
             if payer.key is not None:
                 raise InvalidApiKey("The account of this API key does not exist.") from None
         # An account that the library user's own `identify` named is opened when it is seen first.
         await self.accounts.ensure(payer.account)
-        return await self._hold(request, payer.account.id, terms)
+        return await self._hold(request, payer.account.id, terms, idempotency)
 
-    async def _hold(self, request: str, account: str, terms: Terms) -> Hold | None:
+    async def _hold(
+        self, request: str, account: str, terms: Terms, idempotency: Idempotency | None
+    ) -> Hold | None:
         try:
-            return await self.wallet.reserve(request, account, terms)
+            return await self.wallet.reserve(request, account, terms, idempotency)
         except (MeteringUnavailable, asyncio.CancelledError):
             # The hold may stand all the same.
             self.finisher.owe(lambda: self.wallet.release(request, account, {}))
@@ -448,6 +455,7 @@ class Metered:
     quote: Quote
     hold: Hold
     terms: Terms
+    idempotency: Idempotency | None = None
     started: float = field(default_factory=time.monotonic)
     granted: int = field(init=False)
     """Output tokens that the hold covers, over all choices."""
@@ -514,11 +522,14 @@ class Metered:
             raise AssertionError("a request ends once")
         self.ended = True
         wallet, id, account = self.meter.wallet, self.hold.id, self.hold.account
+        idempotency = self.idempotency
         try:
             if amount is None:
                 ending = await self.meter.finisher.finish(lambda: wallet.release(id, account, record))
             else:
-                ending = await self.meter.finisher.finish(lambda: wallet.settle(id, account, amount, record))
+                ending = await self.meter.finisher.finish(
+                    lambda: wallet.settle(id, account, amount, record, idempotency)
+                )
         finally:
             self.meter.forget(self)
         return Receipt(amount or 0, ending.figures if ending else None)

@@ -1,5 +1,6 @@
 """MeterMiddleware: the path of a metered request through an ASGI app."""
 
+import hashlib
 import logging
 import re
 from collections.abc import Callable
@@ -11,17 +12,21 @@ from .errors import (
     ConfigError,
     InsufficientCredits,
     InvalidApiKey,
+    InvalidRequest,
     MeteringUnavailable,
     NotFound,
 )
 from .exchange import Exchange, credit_headers
 from .meter import Meter, Payer
 from .replies import ASGIApp, Message, Receive, Scope, Send, send_error
-from .types import Account
+from .types import Account, Idempotency
 
 logger = logging.getLogger("llmhub_meter")
 
 Identify = Callable[[Scope], Account | None]
+
+MAX_IDEMPOTENCY_KEY = 255
+"""Characters of an idempotency key."""
 
 _BEARER = re.compile(rb"bearer +(\S+) *", re.IGNORECASE)
 
@@ -77,7 +82,9 @@ class MeterMiddleware:
             if body is None:
                 return
             quote = self.meter.quote(dialect, requests.parse(body, dialect), payer)
-            metered = await self.meter.reserve(payer, quote, body_bytes=len(body))
+            metered = await self.meter.reserve(
+                payer, quote, body_bytes=len(body), idempotency=idempotency(scope, body)
+            )
         except ApiError as error:
             await self._refuse(dialect, error, payer, send)
             return
@@ -167,6 +174,22 @@ def api_key(scope: Scope) -> str | None:
     bearer = _BEARER.fullmatch(found.get(b"authorization", b""))
     key = bearer[1] if bearer else found.get(b"x-api-key") or found.get(b"api-key")
     return None if key is None else key.decode("latin-1").strip()
+
+
+def idempotency(scope: Scope, body: bytes) -> Idempotency | None:
+    """The client's `Idempotency-Key`, where it sent one. Raises InvalidRequest."""
+    values: list[bytes] = [value for name, value in scope["headers"] if name == b"idempotency-key"]
+    if not values:
+        return None
+    key = values[0].decode("latin-1").strip()
+    if len(values) > 1 or not (1 <= len(key) <= MAX_IDEMPOTENCY_KEY and key.isascii() and key.isprintable()):
+        raise InvalidRequest(
+            f"Idempotency-Key must be one header of 1 to {MAX_IDEMPOTENCY_KEY} printable ASCII characters.",
+            param="Idempotency-Key",
+        )
+    sent_with = hashlib.sha256(_path(scope).encode("utf-8", "replace") + b"\n")
+    sent_with.update(body)
+    return Idempotency(hashlib.sha256(key.encode()).hexdigest(), sent_with.hexdigest())
 
 
 def _path(scope: Scope) -> str:

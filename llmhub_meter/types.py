@@ -117,6 +117,14 @@ class Charge:
 
 
 @dataclass(frozen=True, slots=True)
+class Idempotency:
+    """A client's idempotency key and what it was sent with, both as SHA-256 in hex."""
+
+    key: str
+    body: str
+
+
+@dataclass(frozen=True, slots=True)
 class Hold:
     """An amount set aside for one request until it is settled or released."""
 

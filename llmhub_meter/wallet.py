@@ -12,6 +12,9 @@ from .errors import (
     AccountRestricted,
     CreditsHeld,
     IdConflict,
+    IdempotencyInProgress,
+    IdempotencyMismatch,
+    IdempotencyReplay,
     InsufficientCredits,
     InvalidRequest,
     MeteringUnavailable,
@@ -21,7 +24,7 @@ from .errors import (
 )
 from .money import MAX_TICKS, credits
 from .scripts import Scripts
-from .types import Ending, Entry, Figures, Hold
+from .types import Ending, Entry, Figures, Hold, Idempotency
 
 logger = logging.getLogger("llmhub_meter.wallet")
 
@@ -66,11 +69,14 @@ class Wallet:
         self._scripts = scripts
         self._lease_ms = int(lease_seconds * 1000)
 
-    async def reserve(self, request: str, account: str, terms: Terms) -> Hold | None:
+    async def reserve(
+        self, request: str, account: str, terms: Terms, idempotency: Idempotency | None = None
+    ) -> Hold | None:
         """Sets credits aside, or returns None when the input must be counted exactly first.
 
         Raises InsufficientCredits, CreditsHeld, AccountRestricted, UnknownAccount, InvalidRequest (this id
-        ended before), MeteringUnavailable (perhaps reserved all the same: release it).
+        ended before), IdempotencyInProgress, IdempotencyReplay, IdempotencyMismatch, MeteringUnavailable
+        (perhaps reserved all the same: release it).
         """
         status, amount, granted, *figures = await self._scripts.call(
             "reserve",
@@ -87,6 +93,8 @@ class Wallet:
                 terms.rich_above,
                 self._lease_ms,
                 "free" if terms.free else "paid",
+                idempotency.key if idempotency else "",
+                idempotency.body if idempotency else "",
             ],
         )
         match status:
@@ -102,6 +110,12 @@ class Wallet:
                 raise AccountRestricted("This account is suspended. Please contact support.")
             case "no_account":
                 raise UnknownAccount(f"there is no account {account!r}")
+            case "idem_running":
+                raise IdempotencyInProgress(amount)
+            case "idem_charged":
+                raise IdempotencyReplay(amount)
+            case "idem_mismatch":
+                raise IdempotencyMismatch()
         raise InvalidRequest("This request has ended already.")
 
     async def extend(
@@ -122,16 +136,26 @@ class Wallet:
             hold, model=model, to_total=hold.amount, least_total=hold.amount, units=hold.granted
         )
 
-    async def settle(self, request: str, account: str, charge: int, record: Mapping[str, object]) -> Ending:
+    async def settle(
+        self,
+        request: str,
+        account: str,
+        charge: int,
+        record: Mapping[str, object],
+        idempotency: Idempotency | None = None,
+    ) -> Ending:
         """Takes the charge, once; whatever the hold was, the rest of it returns.
 
+        From then on the idempotency key that the hold was made with is a replay, if anything was charged.
         Raises MeteringUnavailable, also where the account is gone: then Redis has lost its data.
         """
         # Redis would refuse to add what passes 64 bits, in the middle of the script.
         if not 0 <= charge <= MAX_TICKS:
             raise ValueError(f"a charge is 0 to {MAX_TICKS} ticks, not {charge}")
         answer = await self._scripts.call(
-            "settle", [keys.wallet(account)], [request, account, charge, _json(record)]
+            "settle",
+            [keys.wallet(account)],
+            [request, account, charge, _json(record), idempotency.key if idempotency else ""],
         )
         if answer[0] == "no_account":
             logger.error("there is no account %r to charge %s: Redis has lost its data", account, request)

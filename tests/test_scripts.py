@@ -65,7 +65,7 @@ def test_headers_list_the_words_that_bodies_answer(name: str) -> None:
 
 ALL_WORDS = set(
     "ok exists ended unknown no_account suspended insufficient held count late conflict over_cap over_charge "
-    "marked".split()
+    "marked idem_running idem_charged idem_mismatch".split()
 )
 
 
@@ -102,10 +102,11 @@ async def test_keys_and_lua_spell_the_same_keys(scripts: Scripts) -> None:
     request = keys.new_request_id(account)
     probe = (
         (LUA / "includes" / "partition.lua").read_text()
-        + "return {HOLDS, LEASES, LEDGER, HEAD, wallet_of(ARGV[1]), done_of(ARGV[2]), slot .. 'refunds'}"
+        + "return {HOLDS, LEASES, LEDGER, HEAD, wallet_of(ARGV[1]), done_of(ARGV[2]), slot .. 'refunds', "
+        "idem_of(ARGV[1], ARGV[3])}"
     )
     assert 'slot .. "refunds"' in (LUA / "credit.lua").read_text()
-    assert await scripts.redis.eval(probe, 1, keys.wallet(account), account, request) == [
+    assert await scripts.redis.eval(probe, 1, keys.wallet(account), account, request, "ab") == [
         keys.holds(number),
         keys.leases(number),
         keys.ledger(number),
@@ -113,6 +114,7 @@ async def test_keys_and_lua_spell_the_same_keys(scripts: Scripts) -> None:
         keys.wallet(account),
         keys.done(request),
         keys.refunds(number),
+        keys.idempotency(account, "ab"),
     ]
 
 
@@ -129,6 +131,7 @@ def test_the_keys_of_an_account_share_a_slot() -> None:
         keys.ledger(number),
         keys.head(number),
         keys.refunds(number),
+        keys.idempotency(ALICE, "0" * 64),
         keys.done(request),
         keys.done(keys.new_change_id(ALICE)),
         keys.api_key(keys.key_id(f"{number:02x}" + "0" * 62)),

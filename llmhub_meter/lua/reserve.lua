@@ -10,10 +10,13 @@
   ARGV[9]  ticks that must be available for the fixed part to be taken as it is; with less: "count"
   ARGV[10] lease in milliseconds
   ARGV[11] "free" or "paid"
+  ARGV[12] hash of the client's idempotency key, or ""    ARGV[13] digest of what it was sent with
 
-  Returns {status, amount, granted units, balance, held, promo}
+  Returns {status, amount, granted units, balance, held, promo}; with the idem_ words the amount is the id of
+    the request that the idempotency key stands for
   status: ok, exists (this id holds already), ended (it ended before), no_account, suspended,
-    insufficient, held (only the account's own holds stand in the way), count (count the input and come again)
+    insufficient, held (only the account's own holds stand in the way), count (count the input and come again),
+    idem_running (its request holds still), idem_charged (it was charged), idem_mismatch (with another body)
 ]]
 --@include partition
 --@include entry
@@ -50,6 +53,24 @@ local balance, held, status = available()
 if not balance then return {"no_account", "0", "0", "0", "0", "0"} end
 if status == "suspended" then return answer("suspended", "0", "0") end
 
+local idem = ARGV[12] ~= "" and idem_of(account, ARGV[12])
+if idem then
+  local first, body, charge = unpack(redis.call("HMGET", idem, "request", "body", "charge"))
+  local packed = first and not charge and redis.call("HGET", HOLDS, first)
+  if packed and tonumber(redis.call("ZSCORE", LEASES, first) or "0") <= now then
+    -- Its worker died, and nobody swept yet.
+    expire(first, packed)
+    balance, held = available()
+    packed = nil
+  end
+  -- A request that ended uncharged, however it ended, has freed its key.
+  if charge or packed then
+    if body ~= ARGV[13] then return answer("idem_mismatch", first, "0") end
+    if charge then return answer("idem_charged", first, "0") end
+    return answer("idem_running", first, "0")
+  end
+end
+
 local amount, granted = 0, want
 if ARGV[11] == "paid" then
   if balance - held < fixed + cost(least) and expire_some(now, 1000, account) > 0 then
@@ -77,4 +98,8 @@ granted = string.format("%.0f", granted)
 redis.call("HSET", HOLDS, id, amount .. " " .. granted .. " " .. account .. " " .. ARGV[3])
 redis.call("ZADD", LEASES, string.format("%.0f", now + tonumber(ARGV[10])), id)
 redis.call("HINCRBY", wallet, "held", amount)
+if idem then
+  redis.call("HSET", idem, "request", id, "body", ARGV[13])
+  redis.call("EXPIRE", idem, IDEMPOTENCY_SECONDS)
+end
 return answer("ok", amount, granted)

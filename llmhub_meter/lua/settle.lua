@@ -3,6 +3,7 @@
 
   KEYS[1] wallet  hash    balance, held, promo, seq
   ARGV[1] request id      ARGV[2] account      ARGV[3] charge in ticks      ARGV[4] record, JSON
+  ARGV[5] hash of the client's idempotency key, or ""
 
   Returns {status, how, charge, balance, held, promo}
   status: ok, late (charged, now or before, though the hold had expired or was never seen),
@@ -42,4 +43,12 @@ end
 local balance = redis.call("HGET", wallet, "balance") or "0"
 local entry = append(wallet, account, id, "charge", minus(charge), minus(given), amount, late, balance, ARGV[4])
 remember(id, "settled " .. charge .. " " .. entry .. " " .. late)
+if ARGV[5] ~= "" and charge ~= "0" then
+  -- After an expired hold the key may stand for another request by now.
+  local idem = idem_of(account, ARGV[5])
+  if redis.call("HGET", idem, "request") == id then
+    redis.call("HSET", idem, "charge", charge)
+    redis.call("EXPIRE", idem, IDEMPOTENCY_SECONDS)
+  end
+end
 return {late == "1" and "late" or "ok", "settled", charge, figures(wallet)}

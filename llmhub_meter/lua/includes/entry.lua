@@ -1,5 +1,6 @@
 -- One ledger entry, in the same call as the change that it records.
 local REMEMBERED_SECONDS = 1200
+local IDEMPOTENCY_SECONDS = 86400
 
 -- "-0" is no integer to Redis.
 local function minus(amount)

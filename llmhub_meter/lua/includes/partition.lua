@@ -7,6 +7,11 @@ local function wallet_of(account)
   return slot .. "wallet:" .. account
 end
 
+-- An idempotency key of a client, by its hash.
+local function idem_of(account, hash)
+  return slot .. "idem:" .. account .. ":" .. hash
+end
+
 -- What has ended is remembered by the time inside its id, ten minutes to a hash.
 local function done_of(id)
   return slot .. "done:" .. string.format("%.0f", math.floor(tonumber(string.sub(id, 5, 16), 16) / 600000))
