@@ -1,17 +1,32 @@
 """The public faults of other meters, by their number, each with the right charge."""
 
+import asyncio
 import gzip
 import json
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Any
 
 import brotli
+import openai
 import pytest
-from hub import DONE, MODELS, Hub, chat_answer, chunk, hub, usage
-from servers import valkey
+from hub import DONE, MODELS, Hub, chat_answer, chunk, hub, raw_connection, usage
+from pydantic import ValidationError
+from servers import connect, valkey
 
-from llmhub_meter.money import ticks
+from llmhub_meter import keys
+from llmhub_meter import scripts as redis_seam
+from llmhub_meter.accounts import Accounts
+from llmhub_meter.archive.audit import audit
+from llmhub_meter.config import Config
+from llmhub_meter.errors import CreditsHeld, InsufficientCredits, OverCap
+from llmhub_meter.money import MAX_TICKS, ticks
+from llmhub_meter.pricing import PriceTable, check_change
+from llmhub_meter.scripts import Scripts
+from llmhub_meter.types import Account, Usage
+from llmhub_meter.wallet import Terms, Wallet
 
 CARD: dict[str, dict[str, Any]] = MODELS | {
     "m-pro": {
@@ -434,3 +449,367 @@ def test_042_an_unknown_model_is_refused(card: Hub) -> None:
     answer = card.chat("m-new-preview")
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
     assert len(card.upstream.seen) == asked
+
+
+def late(site: Hub, body: dict[str, Any], seconds: float) -> None:
+    """Lets the upstream answer this object after a while."""
+    site.upstream.json(body)
+    answer = site.upstream.answer
+    assert answer is not None
+
+    async def wait(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.sleep(seconds)
+        await answer(scope, receive, send)
+
+    site.upstream.answer = wait
+
+
+@pytest.mark.parametrize(
+    ("balance", "model", "calls", "admitted", "rest"),
+    [
+        pytest.param(1000, "m-chat", 50, 6, 100, id="001"),
+        pytest.param(1, "m-1", 2, 1, 0, id="002"),
+        pytest.param(500, "m-50", 100, 10, 0, id="004"),
+    ],
+)
+def test_parallel_requests(
+    redis_url: str, balance: int, model: str, calls: int, admitted: int, rest: int
+) -> None:
+    with hub(redis_url, credits=balance, models=CARD) as site, ThreadPoolExecutor(50) as pool:
+        late(site, chat_answer(usage=usage(1000, 1000)), 0.7)
+        answers = list(pool.map(lambda _: site.chat(model, THOUSAND, max_tokens=1000), range(calls)))
+        assert [answer.status_code for answer in answers].count(200) == admitted
+        assert {answer.status_code for answer in answers} == {200, 402}
+        assert len(site.upstream.seen) == admitted
+        assert site.wait_until_free().figures.balance == ticks(rest)
+
+
+@pytest.mark.parametrize(
+    ("balance", "first", "second", "charge"),
+    [pytest.param(100, 92, 52, 40, id="006"), pytest.param(200, 172, 42, 180, id="013")],
+)
+def test_held_is_said_apart(redis_url: str, balance: int, first: int, second: int, charge: int) -> None:
+    with hub(redis_url, credits=balance) as site:
+        site.upstream.stream(chunk("a"), chunk(usage=usage(8, charge - 8)), DONE, seconds=0.3)
+        body = {"model": "m-even", "stream": True, "messages": said("hello"), "max_tokens": first}
+        with site.client.stream("POST", "/v1/chat/completions", json=body) as running:
+            refused = site.chat("m-even", max_tokens=second)
+            running.read()
+        assert (refused.status_code, refused.json()["error"]["code"]) == (402, "credits_held")
+        assert (refused.headers["retry-after"], refused.headers["x-credits-used"]) == ("1", "0")
+        assert refused.headers["x-credits-remaining"] == str(balance - first - 8)
+        left = balance - charge
+        assert site.wait_until_free().figures.balance == ticks(left)
+        site.upstream.json(chat_answer(usage=usage(8, second)))
+        again = site.chat("m-even", max_tokens=second)
+        assert again.status_code == (200 if left >= second + 8 else 402)
+
+
+async def test_008_first_requests_of_a_new_account(scripts: Scripts) -> None:
+    accounts, wallet = Accounts(scripts, signup_grant=ticks(1000)), Wallet(scripts)
+
+    async def first() -> bool:
+        await accounts.ensure(Account("new"))
+        id = keys.new_request_id("new")
+        try:
+            await wallet.reserve(id, "new", Terms("m", fixed=ticks(100)))
+        except (InsufficientCredits, CreditsHeld):
+            return False
+        await wallet.settle(id, "new", ticks(100), {})
+        return True
+
+    assert sum(await asyncio.gather(*(first() for _ in range(20)))) == 10
+    assert (await accounts.get("new")).figures.balance == 0
+    assert (await audit(scripts)).findings == []
+
+
+async def test_010_one_signup_grant(scripts: Scripts) -> None:
+    accounts = Accounts(scripts, signup_grant=ticks(100_000))
+    await asyncio.gather(*(accounts.ensure(Account("new")) for _ in range(2)))
+    for _ in range(3):
+        await accounts.ensure(Account("new"))
+    assert (await accounts.get("new")).figures.balance == ticks(100_000)
+
+
+@pytest.mark.parametrize("price", [-1, float("nan"), float("inf"), "much", True])
+def test_011_prices_that_are_none(price: object) -> None:
+    with pytest.raises(ValidationError):
+        Config.model_validate(
+            {"models": {"m-x": {"type": "chat", "input_per_1k": price, "output_per_1k": price}}}
+        )
+
+
+@pytest.mark.parametrize("url", [None, "http://127.0.0.1:1"])
+def test_014_failures_leave_no_hold(redis_url: str, url: str | None) -> None:
+    with hub(redis_url, credits=3000, upstream_url=url) as site:
+        site.upstream.json(ERROR, 500)
+        for _ in range(10):
+            answer = site.chat(text=THOUSAND, max_tokens=1000)
+            assert (answer.status_code, answer.headers["x-credits-used"]) == (502 if url else 500, "0")
+        assert site.wait_until_free().figures.balance == ticks(3000)
+
+
+async def test_016_a_hold_whose_owner_died_returns(scripts: Scripts) -> None:
+    await Accounts(scripts, signup_grant=ticks(1000)).ensure(Account("alice"))
+    dying, wallet = Wallet(scripts, lease_seconds=0.05), Wallet(scripts)
+    id = keys.new_request_id("alice")
+    assert await dying.reserve(id, "alice", Terms("m", fixed=ticks(400)))
+    await asyncio.sleep(0.1)
+    hold = await wallet.reserve(keys.new_request_id("alice"), "alice", Terms("m", fixed=ticks(1000)))
+    assert hold is not None and hold.amount == ticks(1000)
+    await wallet.release(hold.id, "alice", {})
+    await wallet.settle(id, "alice", ticks(60), {})
+    ended = await wallet.ending(id)
+    assert ended is not None and ended.data["late"]
+    assert (await Accounts(scripts, signup_grant=0).get("alice")).figures.balance == ticks(940)
+
+
+def test_020_a_huge_maximum(redis_url: str) -> None:
+    with hub(redis_url, credits=10_000, models=CARD, reserve={"clamp": "always"}) as site:
+        site.upstream.json(chat_answer(usage=usage(500, 300)))
+        answer = site.chat("m-pro", "hello" + " hello" * 492, max_tokens=64000)
+        assert answer.headers["x-credits-used"] == "600"
+        assert site.upstream.seen[0].body["max_tokens"] == 6566
+
+
+def test_022_a_hold_is_not_spent(redis_url: str) -> None:
+    with hub(redis_url, credits=1000) as site:
+        site.upstream.json(chat_answer(usage=usage(1000, 50)))
+        assert site.chat().headers["x-credits-used"] == "36"
+        site.upstream.stream(chunk("a"), chunk(usage=usage(8, 2)), DONE, seconds=0.2)
+        body = {"model": "m-even", "stream": True, "messages": said("hello"), "max_tokens": 492}
+        with site.client.stream("POST", "/v1/chat/completions", json=body) as running:
+            figures = site.client.get("/v1/credits").json()
+            running.read()
+        assert (figures["balance"], figures["held"], figures["available"]) == ("964", "500", "464")
+
+
+@pytest.mark.parametrize("balance", [0, -40])
+def test_023_a_free_model_at_any_balance(redis_url: str, balance: int) -> None:
+    with hub(redis_url, credits=balance) as site:
+        site.upstream.json(chat_answer(usage=usage(900, 4000)))
+        answer = site.chat("m-free")
+        assert (answer.status_code, answer.headers["x-credits-used"]) == (200, "0")
+        assert answer.headers["x-credits-remaining"] == "0"
+        assert site.wait_until_free().figures.balance == ticks(balance)
+
+
+def test_025_047_an_empty_balance_is_not_retried(redis_url: str) -> None:
+    with hub(redis_url, credits=0) as site:
+        client = openai.OpenAI(base_url=f"{site.url}/v1", api_key=site.key, max_retries=2)
+        tries: list[str] = []
+        client._client.event_hooks["request"].append(lambda request: tries.append(request.method))
+        with client, pytest.raises(openai.APIStatusError) as error:
+            client.chat.completions.create(model="m-chat", messages=[{"role": "user", "content": "hello"}])
+        assert (error.value.status_code, error.value.code) == (402, "credits_exhausted")
+        assert tries == ["POST"]
+        assert not site.upstream.seen
+
+
+def priced(**prices: Any) -> PriceTable:
+    model = {"type": "chat", "input_per_1k": 30, "output_per_1k": 120, **prices}
+    return PriceTable.from_config(Config.model_validate({"models": {"m-chat": model}}).models)
+
+
+@pytest.mark.parametrize("price", ["3000000", "0.03"])
+def test_039_040_a_wrong_unit_is_found(price: str) -> None:
+    (fault,) = check_change(priced(), priced(input_per_1k=price))
+    assert "m-chat" in fault and "credits per 1,000 tokens" in fault
+
+
+def test_048_the_price_of_the_admission(redis_url: str) -> None:
+    with hub(redis_url) as site, closing(connect(redis_url)) as redis:
+        assert site.client.get("/readyz").status_code == 200
+        table = str(redis.hget(keys.PRICES, "table"))
+        dearer = table.replace('"input_per_1k":"30"', '"input_per_1k":"60"', 1)
+        assert dearer != table
+        site.upstream.stream(chunk("a"), chunk(usage=usage(1000, 1000)), DONE, seconds=0.4)
+        body = {**STREAM, "messages": said("hello")}
+        with site.client.stream("POST", "/v1/chat/completions", json=body) as running:
+            redis.hset(keys.PRICES, mapping={"table": dearer, "version": "next"})
+            running.read()
+        assert site.record(running)["credits"] == "150"
+        site.upstream.json(chat_answer(usage=usage(1000, 1000)))
+        assert site.chat().headers["x-credits-used"] == "180"
+
+
+def test_052_no_drift() -> None:
+    model = priced().models["m-chat"]
+    assert sum(model.charge(Usage(prompt_tokens=1)).amount for _ in range(10_000)) == ticks(300)
+
+
+def test_053_plain_numbers(redis_url: str) -> None:
+    with hub(redis_url, credits="172.0001") as site:
+        site.upstream.json(chat_answer(usage=usage(1, 1)))
+        assert site.chat("m-free").headers["x-credits-remaining"] == "172.0001"
+
+
+def test_054_a_charge_above_the_balance(redis_url: str) -> None:
+    with hub(redis_url, credits=100) as site:
+        site.upstream.json(chat_answer(usage=usage(129, 1)))
+        answer = site.chat("m-even", max_tokens=92)
+        assert (answer.headers["x-credits-used"], answer.headers["x-credits-remaining"]) == ("130", "0")
+        assert site.wait_until_free().figures.balance == ticks(-30)
+        assert site.chat("m-even").status_code == 402
+
+
+async def test_057_a_repeated_settle(scripts: Scripts) -> None:
+    await Accounts(scripts, signup_grant=ticks(1000)).ensure(Account("alice"))
+    wallet, id = Wallet(scripts), keys.new_request_id("alice")
+    assert await wallet.reserve(id, "alice", Terms("m", fixed=ticks(50)))
+    await asyncio.gather(*(wallet.settle(id, "alice", ticks(36), {}) for _ in range(5)))
+    assert (await Accounts(scripts, signup_grant=0).get("alice")).figures.balance == ticks(964)
+    assert (await audit(scripts)).findings == []
+
+
+async def leave(site: Hub, text: str, words: int) -> str:
+    """Leaves a stream when this many words have come; gives the id of its request."""
+    body = json.dumps({**STREAM, "messages": said(text)})
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {site.key}\r\n"
+    async with raw_connection(site.url) as (reader, writer):
+        writer.write(f"{head}content-length: {len(body)}\r\n\r\n{body}".encode())
+        received = b""
+        while received.count(b" hello") < words:
+            piece = await reader.read(65536)
+            assert piece, received
+            received += piece
+    (id,) = (line for line in received.split(b"\r\n") if line.lower().startswith(b"x-request-id: "))
+    return id.split(b": ")[1].decode()
+
+
+def read(site: Hub, id: str) -> dict[str, Any]:
+    found: dict[str, Any] = site.client.get(f"/v1/credits/requests/{id}").raise_for_status().json()
+    return found
+
+
+def test_065_069_a_client_that_left_is_drained(redis_url: str) -> None:
+    with hub(redis_url, metering={"on_disconnect": "drain"}) as site:
+        site.upstream.stream(*[WORD] * 20, chunk(usage=USED), DONE, seconds=0.02)
+        id = asyncio.run(leave(site, "hello", 8))
+        site.wait_until_free()
+        assert read(site, id)["credits"] == "90"
+
+
+def test_077_a_client_that_left_cancels_the_upstream(redis_url: str) -> None:
+    with hub(redis_url) as site:
+        site.upstream.stream(*[WORD] * 100, linger=10)
+        id = asyncio.run(leave(site, THOUSAND, 100))
+        assert site.upstream.gone.wait(1)
+        site.wait_until_free()
+        record = read(site, id)
+        assert (record["credits"], record["estimated"]) == ("42", True)
+
+
+def test_115_an_image_is_no_text(redis_url: str) -> None:
+    with hub(redis_url, credits=200) as site:
+        site.upstream.json(chat_answer(usage=usage(1400, 50)))
+        image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 440_000}}
+        answer = site.post(model="m-chat", messages=[{"role": "user", "content": [image]}])
+        assert (answer.status_code, answer.headers["x-credits-used"]) == (200, "48")
+
+
+@pytest.mark.parametrize("balance", [0, 5000])
+def test_119_no_websocket_is_let_through(redis_url: str, balance: int) -> None:
+    upgrade = {"connection": "upgrade", "upgrade": "websocket", "sec-websocket-version": "13"}
+    with hub(redis_url, credits=balance) as site:
+        answer = site.client.get("/v1/realtime", headers={**upgrade, "sec-websocket-key": "a" * 22 + "=="})
+        assert answer.status_code == 404
+        assert not site.upstream.seen
+
+
+def test_134_head_and_options_are_not_metered(redis_url: str) -> None:
+    with hub(redis_url, credits=0) as site:
+        head = site.client.head("/v1/models")
+        assert (head.status_code, head.content) == (200, b"")
+        assert site.client.options("/v1/chat/completions").status_code == 204
+
+
+def test_135_hop_by_hop_headers(card: Hub) -> None:
+    body = json.dumps(chat_answer(usage=USED)).encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"connection", b"close, x-foo"),
+        (b"x-foo", b"1"),
+        (b"set-cookie", b"a=1"),
+        (b"set-cookie", b"b=2"),
+        (b"x-credits-used", b"9"),
+    ]
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    card.upstream.answer = answer
+    got = card.chat().headers
+    assert "x-foo" not in got
+    assert got.get_list("set-cookie") in (["a=1", "b=2"], [])
+    assert got.get_list("x-credits-used") == ["90"]
+    assert len(got.get_list("x-credits-remaining")) == 1
+
+
+def test_136_the_figures_of_a_stream(redis_url: str) -> None:
+    with hub(redis_url, credits=1000) as site:
+        site.upstream.stream(WORD, chunk(usage=usage(1000, 375)), DONE)
+        answer = site.chat(text=THOUSAND, stream=True, max_tokens=1000)
+        assert (answer.headers["x-credits-remaining"], answer.headers["x-credits-reserved"]) == ("850", "150")
+        assert "x-credits-used" not in answer.headers
+        assert b": credits used=75 remaining=925\n\n" in answer.content
+
+
+def test_137_redis_down(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_seam, "REDIS_TIMEOUT_SECONDS", 0.3)
+    with hub(redis_url) as site, closing(connect(redis_url)) as redis:
+        site.upstream.json(chat_answer(usage=USED))
+        site.chat()
+        redis.client_pause(800)
+        answer = site.chat()
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "metering_unavailable")
+        assert "retry-after" in answer.headers
+        assert len(site.upstream.seen) == 1
+        redis.ping()
+        assert site.wait_until_free().figures.balance == ticks(100_000 - 90)
+
+
+def test_018_a_settle_that_fails_is_sent_again(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_seam, "REDIS_TIMEOUT_SECONDS", 0.3)
+    with hub(redis_url) as site, closing(connect(redis_url)) as redis:
+        site.upstream.json(chat_answer(usage=USED))
+        answer = site.upstream.answer
+        assert answer is not None
+
+        async def pause(scope: Any, receive: Any, send: Any) -> None:
+            redis.client_pause(1200)
+            await answer(scope, receive, send)
+
+        site.upstream.answer = pause
+        answered = site.chat()
+        assert (answered.status_code, answered.headers["x-credits-used"]) == (200, "90")
+        assert "x-credits-remaining" not in answered.headers
+        redis.ping()
+        assert site.wait_until_free().figures.balance == ticks(100_000 - 90)
+
+
+def test_139_one_slot_for_an_account() -> None:
+    number = keys.partition("u1")
+    named = [keys.wallet("u1"), keys.credited("u1"), keys.holds(number), keys.leases(number)]
+    named += [keys.ledger(number), keys.head(number), keys.refunds(number)]
+    assert len({name[name.index("{") : name.index("}")] for name in named}) == 1
+
+
+def test_140_a_flushed_script_cache(redis_url: str) -> None:
+    with hub(redis_url) as site, closing(connect(redis_url)) as redis:
+        site.upstream.json(chat_answer(usage=USED))
+        for _ in range(2):
+            assert site.chat().headers["x-credits-used"] == "90"
+            redis.script_flush()
+        assert site.wait_until_free().figures.balance == ticks(100_000 - 180)
+
+
+async def test_141_big_numbers_stay_exact(scripts: Scripts) -> None:
+    accounts, wallet = Accounts(scripts, signup_grant=0), Wallet(scripts)
+    await accounts.ensure(Account("rich"))
+    await wallet.credit("rich", MAX_TICKS, "top_up", id="all")
+    await wallet.credit("rich", -1, "adjust", id="one")
+    assert (await accounts.get("rich")).figures.balance == MAX_TICKS - 1
+    with pytest.raises(OverCap):
+        await wallet.credit("rich", 2, "adjust", id="two")
