@@ -284,6 +284,9 @@ class Meter:
         """
         if quote.dialect.free:
             return Usage()
+        if quote.model.unit == "minute":
+            # No token of it has a price.
+            return Usage() if reported is None else reported.usage
         if reported is None:
             return await self._estimate(quote, output())
         usage = reported.usage
@@ -377,6 +380,8 @@ class Meter:
         rich_above = 0 if exact else RICH * fixed
         fixed += model.per_request + ask.images * model.variant(ask.size, ask.quality)
         fixed += -(-ask.characters * model.per_1k_characters // 1000)
+        # Providers round up to a whole second.
+        fixed += -(-math.ceil(ask.seconds) * model.per_minute // 60)
         rate = model.output_price(audio=ask.speaks)
         if not rate or not ask.writes:
             return Terms(model.name, fixed, rich_above=rich_above)
@@ -393,6 +398,8 @@ class Meter:
             want = min(limit, rules.slice_tokens * ask.choices)
             return Terms(model.name, fixed, rate, want, min(smallest, want), rich_above=rich_above)
         clamped = rules.clamp == "always" or (rules.clamp == "unset" and asked is None)
+        # Without a field for it no maximum can be lowered.
+        clamped = clamped and bool(quote.dialect.maximum_fields)
         share = math.floor(rules.share * 1000) if asked is None and clamped else 1000
         return Terms(
             model.name, fixed, rate, limit, smallest if clamped else limit, share, rich_above=rich_above

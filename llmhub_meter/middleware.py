@@ -81,7 +81,8 @@ class MeterMiddleware:
             body = await requests.read_body(scope, receive, self.meter.rules.max_body_bytes)
             if body is None:
                 return
-            quote = self.meter.quote(dialect, requests.parse(body, dialect), payer)
+            parsed = requests.parse(body, dialect, requests.content_type(scope))
+            quote = self.meter.quote(dialect, parsed, payer)
             metered = await self.meter.reserve(
                 payer, quote, body_bytes=len(body), idempotency=idempotency(scope, body)
             )

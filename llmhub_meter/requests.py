@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from . import multipart
 from .codings import TooLarge, Undecodable, decoded
 from .dialects import Dialect
 from .dialects.base import UNREADABLE
@@ -59,11 +60,20 @@ def _too_large(limit: int) -> BodyTooLarge:
     return BodyTooLarge(f"The request body is larger than {limit} bytes.")
 
 
-def parse(body: bytes, dialect: Dialect) -> dict[str, Any]:
-    """The body's object. Raises InvalidRequest for what is none, and for keys that decide money said twice.
+def content_type(scope: Scope) -> str:
+    """What the body is said to be; empty where that is said twice or not at all."""
+    found = [value for name, value in scope["headers"] if name == b"content-type"]
+    return found[0].decode("latin-1") if len(found) == 1 else ""
 
+
+def parse(body: bytes, dialect: Dialect, content_type: str = "") -> dict[str, Any]:
+    """The body's object, or its form where the dialect takes forms.
+
+    Raises InvalidRequest for what is none, and for keys that decide money said twice.
     An upstream may read the other one of two equal keys, or take `Model` for `model`.
     """
+    if dialect.multipart:
+        return _parse_form(body, dialect, content_type)
     try:
         parsed = msgspec.json.decode(body)
     except UNREADABLE:
@@ -99,12 +109,21 @@ def forwarded(
     if not changes:
         return body
     given = metered.quote.body
+    if isinstance(given, multipart.Form):
+        return given.rewritten(body, changes)
     if any(name in given for name in changes) or not given:
         # Values that stay are kept byte for byte, spelling of numbers included.
         whole = {name: _encoded(value) for name, value in {**_raw(body, given), **changes}.items()}
         return b"{%b}" % b",".join(b"%b:%b" % (_encoded(name), value) for name, value in whole.items())
     added = _encoded(changes)
     return body.rstrip()[:-1] + b"," + added[1:]
+
+
+def _parse_form(body: bytes, dialect: Dialect, content_type: str) -> multipart.Form:
+    form = multipart.parse(body, content_type, dialect.money_keys)
+    if (stream := form.get("stream")) in ("true", "false"):
+        form["stream"] = stream == "true"
+    return form
 
 
 def _changes(metered: Metered, token_field: str, rewrite_model: bool) -> dict[str, object]:

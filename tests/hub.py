@@ -79,7 +79,8 @@ class Scripted:
             if not message.get("more_body"):
                 break
         headers = {name.decode(): value.decode() for name, value in scope["headers"]}
-        body = json.loads(raw) if raw else None
+        # A form is kept raw.
+        body = json.loads(raw) if raw and raw[:2] != b"--" else None
         self.seen.append(Seen(scope["path"], headers, body, raw))
         assert self.answer is not None
         await self.answer(scope, receive, send)

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "llmhub_meter"
 
 ROWS: tuple[tuple[str, ...], ...] = (
     ("errors", "types", "money", "config", "keys", "replies", "telemetry", "codings"),
-    ("pricing", "dialects", "tokens", "sse"),
+    ("pricing", "dialects", "tokens", "sse", "multipart", "media"),
     ("scripts", "wallet", "accounts", "pricebook", "embedded", "finishing"),
     ("meter",),
     ("requests", "streams", "exchange", "middleware", "testing"),

@@ -14,6 +14,7 @@ from .reported import Reported
 from .rerank import Rerank
 from .responses import InputTokens, Responses
 from .speech import Speech
+from .transcriptions import Transcriptions
 
 __all__ = [
     "DIALECTS",
@@ -40,11 +41,10 @@ DIALECTS: tuple[Dialect, ...] = (
     Rerank(),
     Responses(),
     Speech(),
+    Transcriptions(),
 )
 
 UNMETERED_YET = (
-    "/audio/transcriptions",
-    "/audio/translations",
     "/images/edits",
     "/images/variations",
 )

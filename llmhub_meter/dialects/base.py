@@ -8,6 +8,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, ClassVar, Literal
 
 import msgspec
@@ -50,6 +51,8 @@ class Ask:
     size: str | None = None
     quality: str | None = None
     characters: int = 0
+    seconds: Fraction | int = 0
+    """How long the sound plays that is sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +146,11 @@ class Answer:
             start = tail.rfind(b'"usage"', 0, start)
         return cls(b"{}")
 
+    @classmethod
+    def of_text(cls, text: bytes) -> "Answer":
+        """An answer that is plain text, as if it had come in JSON."""
+        return cls(msgspec.json.encode({"text": text.decode("utf-8", "replace")}))
+
     @property
     def full(self) -> dict[str, Any]:
         """The whole object; empty for anything else."""
@@ -229,6 +237,8 @@ class Dialect(ABC):
     """Whether a call costs nothing, whatever its model costs."""
     binary: ClassVar[bool] = False
     """Whether a success is no JSON, and its use is known from the request."""
+    multipart: ClassVar[bool] = False
+    """Whether a request is a form with files, not JSON."""
     anthropic: ClassVar[bool] = False
     """Whether errors come in Anthropic's envelope."""
     reader: ClassVar[type[StreamReader]] = StreamReader
@@ -246,6 +256,10 @@ class Dialect(ABC):
         tier = body.get("service_tier")
         if tier is not None and tier not in ("auto", "default"):
             yield "service_tier"
+
+    def answers_text(self, body: Body) -> bool:
+        """Whether the body asks for an answer that is plain text instead of JSON."""
+        return False
 
     def reported(self, answer: Answer) -> Reported | None:
         """The usage that a JSON answer reports."""
