@@ -110,7 +110,7 @@ RESPONSES_USED = {"input_tokens": 1000, "output_tokens": 500}
 def test_a_reported_usage(card: Hub, model: str, reported: dict[str, Any], credits: str) -> None:
     text = "hi" if reported["completion_tokens"] else ""
     card.upstream.json(chat_answer(text, usage=reported, model="m-other-2026-09-30"))
-    answer = card.chat(model, **({"n": 3} if reported["completion_tokens"] == 1500 else {}))
+    answer = card.chat(model, **(dict[str, Any](n=3) if reported["completion_tokens"] == 1500 else {}))
     record = card.record(answer)
     assert (answer.headers["x-credits-used"], record["credits"]) == (credits, credits)
     assert (record["estimated"], record["usage_invalid"]) == (False, False)
@@ -355,7 +355,7 @@ CALLED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 )
 def test_a_counted_answer(card: Hub, answered: dict[str, Any], credits: str, field: str) -> None:
     card.upstream.json(answered)
-    maximum = {"max_tokens": 16} if field == "usage_invalid" else {}
+    maximum: dict[str, Any] = {"max_tokens": 16} if field == "usage_invalid" else {}
     record = card.record(card.chat(text=THOUSAND, **maximum))
     assert record[field] is True
     assert record["credits"] == credits
