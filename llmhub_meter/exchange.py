@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from . import requests
+from . import requests, sse
 from .codings import Decoder, Undecodable, decoded
 from .dialects import Answer, Output
 from .errors import ApiError, UpstreamError
@@ -91,7 +91,7 @@ class Exchange:
         )
         self._body = b""
         self._body_given = False
-        self._kind: Literal["none", "passed", "json", "large", "binary", "stream"] = "none"
+        self._kind: Literal["none", "passed", "unclear", "json", "large", "binary", "stream"] = "none"
         self._start: Message = {}
         self._parts: list[bytes] = []
         self._size = 0
@@ -220,24 +220,46 @@ class Exchange:
             self._kind = "passed"
             await self._send_start(message, await self.metered.release(http=status))
         elif _header(message, b"content-type") == b"text/event-stream":
-            if (coding := _coding(message)) is not None:
-                try:
-                    self._decoder = Decoder(coding, MAX_BUFFERED_BYTES)
-                except Undecodable:
-                    await self._answer_instead(
-                        UpstreamError("The upstream compressed its stream in a way that is not known.")
-                    )
-                    self._stop_app()
-                    return
-            self._kind = "stream"
-            await self._send_start(message)
+            await self._begin_stream(message)
         else:
-            self._kind = "binary" if self.metered.quote.dialect.binary else "json"
+            quote = self.metered.quote
+            unclear = quote.ask.stream and _coding(message) is None
+            self._kind = "binary" if quote.dialect.binary else "unclear" if unclear else "json"
             self._start = message
+
+    async def _begin_stream(self, message: Message) -> None:
+        if (coding := _coding(message)) is not None:
+            try:
+                self._decoder = Decoder(coding, MAX_BUFFERED_BYTES)
+            except Undecodable:
+                await self._answer_instead(
+                    UpstreamError("The upstream compressed its stream in a way that is not known.")
+                )
+                self._stop_app()
+                return
+        self._kind = "stream"
+        await self._send_start(message)
+
+    async def _tell_kind(self, data: bytes, more: bool) -> None:
+        """Some upstreams call a stream JSON, or give it no type: its first bytes say what it is."""
+        self._parts.append(data)
+        first = b"".join(self._parts)
+        is_stream = sse.begins_stream(first)
+        if is_stream is None and more:
+            return
+        self._parts = []
+        if is_stream:
+            await self._begin_stream(self._start)
+        else:
+            self._kind = "json"
+        if not self._complete:
+            await self._take_body(first, more)
 
     async def _take_body(self, data: bytes, more: bool) -> None:
         if self._kind == "stream":
             await self._pass_events(data, more)
+        elif self._kind == "unclear":
+            await self._tell_kind(data, more)
         elif self._kind == "json":
             self._parts.append(data)
             self._size += len(data)
@@ -366,7 +388,7 @@ class Exchange:
 
     async def _app_failed(self, error: Exception) -> None:
         """The app raised. Before its answer began the client gets an error; later the break goes on to it."""
-        if self._kind in ("none", "json", "binary"):
+        if self._kind in ("none", "unclear", "json", "binary"):
             instead = (
                 error if isinstance(error, ApiError) else ApiError("The server failed. Nothing was charged.")
             )

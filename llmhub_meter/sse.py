@@ -100,6 +100,17 @@ class EventSplitter:
             del self._waiting[:size]
 
 
+def begins_stream(data: bytes) -> bool | None:
+    """Whether a body begins like events; None where there is too little of it to say."""
+    text = data.removeprefix(_BOM).lstrip(b"\r\n")
+    if text.startswith(_BEGINNINGS):
+        return True
+    return None if any(name.startswith(text) for name in _BEGINNINGS) or _BOM.startswith(data) else False
+
+
+_BEGINNINGS = (b"data:", b"event:", b"id:", b"retry:", b":")
+
+
 def data_of(event: bytes) -> bytes | None:
     """The data lines joined by a line feed; None for an event without any, such as a comment."""
     # Nearly all events are one data line, or a name and one data line.

@@ -154,8 +154,8 @@ def test_through_the_proxy(site: Hub, name: str) -> None:
     path, asked = ASKED[meta["dialect"].removesuffix(".stream")]
     if expected["images"] and not expected["usage_reported"]:
         asked = {**asked, "model": "picture"}
-    # Three recordings of streams have lost the header that a stream has.
-    content_type = "text/event-stream" if streams else meta["response_headers"]["content-type"]
+    # Three recordings of streams say that they are JSON, or nothing.
+    content_type = meta["response_headers"].get("content-type", "")
     serve(site, status, content_type, body, name)
     answer = site.post(path, **asked, **({"stream": True} if streams else {}))
     assert answer.status_code == (502 if status in (401, 403) else status)

@@ -46,7 +46,9 @@ async def one_stream(meter: Meter, name: str, random_: random.Random) -> str:
         metered = await meter.reserve(payer, meter.quote(dialect, body, payer), body_bytes=100)
     except InsufficientCredits:
         return "refused"
-    texts = ["".join(random_.choices(WORDS, k=random_.randrange(1, 60))) for _ in range(random_.randrange(80))]
+    texts = [
+        "".join(random_.choices(WORDS, k=random_.randrange(1, 60))) for _ in range(random_.randrange(80))
+    ]
     wire = b"".join(chunk(text) for text in texts) + DONE
     relay = StreamRelay(metered, comment=True)
     at = 0

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hub import DONE, Hub, chunk, hub, raw_connection, usage
 
-from llmhub_meter import exchange
+from llmhub_meter import exchange, sse
 
 
 @pytest.fixture
@@ -305,3 +305,40 @@ def test_a_client_that_leaves_before_the_upstream_is_reached_pays_nothing(redis_
 
         asyncio.run(give_up())
         assert site.wait_until_free(2).figures.balance == 100_000 * 10_000
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+@pytest.mark.parametrize("kind", ["application/json", "text/plain", None])
+def test_a_stream_that_is_called_something_else(site: Hub, kind: str | None, size: int) -> None:
+    whole = chunk("a") + chunk(usage=usage(1000, 500)) + DONE
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        headers = [] if kind is None else [(b"content-type", kind.encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for start in range(0, len(whole), size):
+            body = whole[start : start + size]
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    site.upstream.answer = answer
+    response = site.chat(stream=True)
+    assert response.content == chunk("a") + b": credits used=90 remaining=99910\n\n" + DONE
+    assert site.record(response)["credits"] == "90"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (b"", None),
+        (b"dat", None),
+        (b"data:x", True),
+        (b": ping", True),
+        (b"\xef\xbb", None),
+        (b"\xef\xbb\xbfevent: x", True),
+        (b"\r\nid:1", True),
+        (b"{", False),
+        (b"date", False),
+    ],
+)
+def test_how_a_stream_begins(text: bytes, found: bool | None) -> None:
+    assert sse.begins_stream(text) is found
