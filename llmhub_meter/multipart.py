@@ -28,9 +28,13 @@ _PLAIN_ENCODINGS = (b"7bit", b"8bit", b"binary")
 class Form(dict[str, Any]):
     """A form as a body: text fields as text, files as bytes; `spans` says where each text stands."""
 
-    def __init__(self, values: Mapping[str, Any], spans: Mapping[str, tuple[int, int]]) -> None:
+    def __init__(
+        self, values: Mapping[str, Any], spans: Mapping[str, tuple[int, int]], *, files: int = 0
+    ) -> None:
         super().__init__(values)
         self.spans = dict(spans)
+        self.files = files
+        """How many files came, of which several may have one name."""
 
     def rewritten(self, body: bytes, changes: Mapping[str, object]) -> bytes:
         """The raw body with the values of text fields replaced, all else byte for byte."""
@@ -66,18 +70,20 @@ def parse(body: bytes, content_type: str, once: Iterable[str] = ()) -> Form:
     once = frozenset(once)
     values: dict[str, Any] = {}
     spans: dict[str, tuple[int, int]] = {}
+    files = 0
     for part in parts(body, content_type):
         _check_spelling(part.name, once)
         if part.name in values and part.name in once:
             raise InvalidRequest(f"The form field {part.name!r} is there twice.", param=part.name)
         if part.is_file:
             values[part.name] = part.value
+            files += 1
             continue
         if len(part.value) > MAX_FIELD_BYTES:
             raise InvalidRequest(f"The form field {part.name!r} is too long.", param=part.name)
         values[part.name] = part.text
         spans[part.name] = (part.start, part.start + len(part.value))
-    return Form(values, spans)
+    return Form(values, spans, files=files)
 
 
 def parts(body: bytes, content_type: str) -> list[Part]:

@@ -7,7 +7,7 @@ from .base import Answer, Ask, Dialect, Output, Prompt, StreamReader
 from .chat import Chat
 from .completions import Completions
 from .embeddings import Embeddings
-from .images import Images
+from .images import ImageForms, Images
 from .messages import CountTokens, Messages
 from .moderations import Moderations
 from .reported import Reported
@@ -34,6 +34,7 @@ DIALECTS: tuple[Dialect, ...] = (
     Completions(),
     CountTokens(),
     Embeddings(),
+    ImageForms(),
     Images(),
     InputTokens(),
     Messages(),
@@ -44,12 +45,6 @@ DIALECTS: tuple[Dialect, ...] = (
     Transcriptions(),
 )
 
-UNMETERED_YET = (
-    "/images/edits",
-    "/images/variations",
-)
-"""Calls that cost money upstream and have no dialect yet: refused, never free."""
-
 PREFIX = "/v1"
 
 
@@ -58,7 +53,6 @@ def _by_path(dialects: Iterable[Dialect]) -> dict[str, Dialect]:
 
 
 _FOUND = _by_path(DIALECTS)
-_KNOWN = frozenset({*_FOUND, *(PREFIX + path for path in UNMETERED_YET)})
 
 
 def find(path: str) -> Dialect | None:
@@ -67,14 +61,14 @@ def find(path: str) -> Dialect | None:
 
 
 def misspelled(path: str) -> bool:
-    """Whether a path means a metered call in another spelling, or one that is not metered yet.
+    """Whether a path means a metered call in another spelling.
 
     Another spelling is what an app's router may still let through: case, doubled or trailing slashes, dots,
     percent-encoding. Such a request must never reach the app unmetered.
     """
     if path in _FOUND:
         return False
-    return _plain(path) in _KNOWN
+    return _plain(path) in _FOUND
 
 
 def _plain(path: str) -> str:

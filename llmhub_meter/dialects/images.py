@@ -4,8 +4,9 @@ Priced by tokens where the model has token prices, else by what came back.
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
+from ..errors import InvalidRequest
 from ..types import Usage
 from .base import (
     Answer,
@@ -40,7 +41,7 @@ class ImagesReader(StreamReader):
 
 class Images(Dialect):
     name = "images"
-    paths = ("/images/generations",)
+    paths: ClassVar[tuple[str, ...]] = ("/images/generations",)
     types = frozenset({"image"})
     units = frozenset({"1K tokens", "generation"})
     money_keys = Dialect.money_keys | {"size", "quality", "partial_images"}
@@ -73,6 +74,26 @@ class Images(Dialect):
 
     def measure_stream(self, usage: Usage, ask: Ask, output: Output) -> Usage:
         return replace(usage, images=output.images, size=ask.size, quality=ask.quality)
+
+
+class ImageForms(Images):
+    """Edits and variations: forms with pictures in them, charged like generations."""
+
+    name = "images.forms"
+    paths = ("/images/edits", "/images/variations")
+    multipart = True
+
+    def ask(self, body: Body) -> Ask:
+        if not getattr(body, "files", 0):
+            raise InvalidRequest("'image' is missing or not a file.", param="image")
+        number = body.get("n")
+        # A form has no numbers but in text.
+        if isinstance(number, str) and number.isascii() and number.isdigit() and len(number) < 4:
+            body = {**body, "n": int(number)}
+        return super().ask(body)
+
+    def prompt(self, body: Body, model: str) -> Prompt:
+        return replace(super().prompt(body, model), images=getattr(body, "files", 0))
 
 
 def _name(body: Body, field: str) -> str | None:

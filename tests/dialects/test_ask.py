@@ -413,13 +413,6 @@ def test_another_spelling_is_misspelled(path: str, spell: Any) -> None:
     assert dialects.misspelled(spelled)
 
 
-@pytest.mark.parametrize("path", dialects.UNMETERED_YET)
-def test_what_is_not_metered_yet_is_refused_in_any_spelling(path: str) -> None:
-    for spelled in (f"/v1{path}", f"/v1{path}/", f"/V1{path.upper()}", f"/v1/{path}"):
-        assert dialects.find(spelled) is None
-        assert dialects.misspelled(spelled)
-
-
 @pytest.mark.parametrize(
     "path",
     [
